@@ -243,7 +243,8 @@ def progress(
         # in a kernel without widgets tqdm warns once and falls back to text, which is what we want
         warnings.filterwarnings("ignore", message="IProgress not found")
         from tqdm.auto import tqdm
-    return tqdm(iterable, desc=desc, total=total, **{"delay": 2, "leave": False, **kwargs})
+    quiet = os.environ.get("TQDM_DISABLE", "") not in ("", "0")  # tqdm's own variable, which its notebook bar does not read
+    return tqdm(iterable, desc=desc, total=total, **{"delay": 2, "leave": False, "disable": quiet, **kwargs})
 
 # %% ../nbs/00_core.ipynb #6e7182f2
 WEIGHTS = Path(__file__).parent / "weights" if "__file__" in globals() else Path("../mits_nb/weights").resolve()

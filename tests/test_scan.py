@@ -1,0 +1,589 @@
+"""Edges and properties of reading and writing scans (the lessons themselves are checked in chapter 1)."""
+import logging
+import random
+import shutil
+import tracemalloc
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import (CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
+                         ImplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid)
+
+from mits_nb.core import MitsError, OutputError, ScanError
+from mits_nb.scan import SUFFIXES, Scan, marker_text, read_scan, resample, show_slices, window, write_scan
+
+FORGED = {"kind": "forged", "action": "inject", "at": [2, 10, 8], "box": [[1, 4], [6, 14], [4, 12]]}
+PROTECTED = {"kind": "protected", "by": "mitsgan-tiny", "seed": 0}
+
+
+def volume(shape=(6, 20, 16), seed=0, low=-1000, high=1500):
+    return np.random.default_rng(seed).integers(low, high, shape).astype(np.int16)
+
+
+def write_series(folder, stored, positions=None, *, iop=(1, 0, 0, 0, 1, 0), slopes=1, intercepts=-1024, signed=False, bits=16,
+                 syntax=ExplicitVRLittleEndian, names=None, series="a", sop=CTImageStorage, spacing=(0.7, 0.8), **tags):
+    "A series written with pydicom alone, so that the reader is not checked against our own writer."
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    for k, pixels in enumerate(stored):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID = syntax
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop, generate_uid(entropy_srcs=[series, str(k)])
+        ds = FileDataset(None, {}, file_meta=meta, is_implicit_VR=syntax == ImplicitVRLittleEndian, is_little_endian=syntax != ExplicitVRBigEndian)
+        ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID = sop, meta.MediaStorageSOPInstanceUID, generate_uid(entropy_srcs=[series])
+        ds.Modality, ds.PatientID, ds.ImageType = "CT", "test", ["ORIGINAL", "PRIMARY", "AXIAL"]
+        ds.ImagePositionPatient = list(positions[k]) if positions is not None else [-50.5, -60.25, 10 + 2.5 * k]
+        ds.ImageOrientationPatient, ds.PixelSpacing, ds.SliceThickness = list(iop), list(spacing), 9
+        ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *pixels.shape, 1, "MONOCHROME2"
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, bits, bits - 1, int(signed)
+        ds.RescaleSlope, ds.RescaleIntercept = (float(np.broadcast_to(v, len(stored))[k]) for v in (slopes, intercepts))
+        for name, value in tags.items(): setattr(ds, name, value)
+        kind = np.dtype("i2" if signed else "u2").newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")
+        ds.PixelData = pixels.astype(kind).tobytes()
+        ds["PixelData"].VR = "OW"
+        if syntax == RLELossless: ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian; ds.compress(RLELossless, generate_instance_uid=False)
+        ds.save_as(folder / (names[k] if names else f"s{k}.dcm"), enforce_file_format=True)
+    return folder
+
+
+def pixels_of(folder):
+    return {ds.SOPInstanceUID: ds for ds in map(pydicom.dcmread, sorted(Path(folder).iterdir()))}
+
+
+def itk_series(folder):
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    return reader.Execute()
+
+
+@pytest.fixture
+def toy(tmp_path):
+    "A DICOM series with shuffled names, and the Scan read from it."
+    names = [f"IM{i:02d}.dcm" for i in np.random.default_rng(3).permutation(6)]
+    folder = write_series(tmp_path / "toy", volume() + 1024, names=names, bits=12, SeriesDescription="Chest", PatientName="A^B")
+    return folder, read_scan(folder)
+
+
+# ---- reading DICOM
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless])
+def test_transfer_syntaxes_round_trip(tmp_path, signed, syntax):
+    hu = volume()
+    stored = hu if signed else hu.astype(np.int32) + 1024
+    folder = write_series(tmp_path / "s", stored, signed=signed, intercepts=0 if signed else -1024, syntax=syntax)
+    scan = read_scan(folder)
+    assert scan.hu.dtype == np.int16 and (scan.hu == hu).all()
+    forged = scan.with_hu(scan.hu + np.int16(1), FORGED)
+    written = write_scan(forged, tmp_path / "out")
+    assert (read_scan(written).hu == forged.hu).all()
+    for ds in pixels_of(written).values():
+        assert ds.PixelRepresentation == int(signed) and ds.pixel_array.shape == (20, 16)
+
+
+def test_each_slice_has_its_own_rescale(tmp_path):
+    stored = volume(low=0, high=1000)
+    slopes, intercepts = [1, 2, 3, 1, 2, 1], [-1024, -1000, 0, -1024, 5, -7]
+    scan = read_scan(write_series(tmp_path / "s", stored, slopes=slopes, intercepts=intercepts))
+    assert scan.hu.dtype == np.int16
+    assert all((scan.hu[k] == stored[k] * slopes[k] + intercepts[k]).all() for k in range(6))
+
+
+def test_fractional_slope_gives_float32_and_the_same_stored_bits_back(tmp_path):
+    stored = volume(low=0, high=4096)
+    scan = read_scan(write_series(tmp_path / "s", stored, slopes=0.37, intercepts=-1000.5))
+    assert scan.hu.dtype == np.float32 and np.allclose(scan.hu, stored * 0.37 - 1000.5, atol=1e-3)
+    changed = scan.hu.copy()
+    changed[0, 0, 0] += 100
+    back = [ds.pixel_array for ds in pixels_of(write_scan(scan.with_hu(changed), tmp_path / "o")).values()]
+    originals = [ds.pixel_array for ds in pixels_of(tmp_path / "s").values()]
+    assert sum((a != b).sum() for a in back for b in originals if (a != b).sum() < 2) == 1  # one voxel in one slice
+
+
+def test_values_beyond_int16_become_float32(tmp_path):
+    stored = np.full((3, 8, 8), 60_000)
+    scan = read_scan(write_series(tmp_path / "s", stored, intercepts=0))
+    assert scan.hu.dtype == np.float32 and (scan.hu == 60_000).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_oblique_geometry_matches_simpleitk(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    if np.linalg.det(q) < 0: q[:, 2] *= -1
+    origin = rng.uniform(-200, 200, 3)
+    # 7 digits, as scanners write them; the file order is reversed and shuffled
+    positions = [np.round(origin + q[:, 2] * 1.25 * k, 6) for k in range(6)]
+    folder = write_series(tmp_path / "s", volume() + 1024, positions, iop=np.round(q[:, :2].T.ravel(), 7), names=[f"{9 - k}.dcm" for k in range(6)])
+    scan, image = read_scan(folder), itk_series(folder)
+    assert (sitk.GetArrayFromImage(image) == scan.hu).all()
+    assert np.allclose(scan.spacing, image.GetSpacing()[::-1], atol=1e-4)
+    image.SetSpacing(scan.spacing[::-1]), image.SetOrigin(scan.origin), image.SetDirection(scan.direction.ravel().tolist())
+    for zyx in rng.uniform(0, 5, (10, 3)):
+        point = image.TransformContinuousIndexToPhysicalPoint(zyx[::-1].tolist())
+        assert np.allclose(scan.voxel_to_world(zyx), point, atol=1e-6)
+        assert np.allclose(scan.world_to_voxel(point), zyx, atol=1e-6)
+
+
+def test_spacing_comes_from_positions_and_order_from_them_too(toy):
+    folder, scan = toy
+    assert scan.spacing == (2.5, 0.7, 0.8) and scan.origin == (-50.5, -60.25, 10.0)  # SliceThickness says 9
+    assert (scan.hu == volume()).all()
+
+
+def test_one_file_stands_for_its_series_and_uid_chooses(tmp_path):
+    write_series(tmp_path / "s", volume() + 1024, series="a")
+    write_series(tmp_path / "s", volume(seed=1) + 1024, series="b", names=[f"b{k}.dcm" for k in range(6)])
+    uid = generate_uid(entropy_srcs=["b"])
+    assert (read_scan(tmp_path / "s" / "b3.dcm").hu == volume(seed=1)).all()
+    assert (read_scan(tmp_path / "s", series_uid=uid).hu == volume(seed=1)).all()
+    with pytest.raises(ScanError, match=uid): read_scan(tmp_path / "s")
+    with pytest.raises(ScanError, match="1.2.3.*" + uid): read_scan(tmp_path / "s", series_uid="1.2.3")
+
+
+def test_localizers_other_objects_and_other_files_are_left_out(tmp_path, caplog):
+    folder = write_series(tmp_path / "s", volume() + 1024)
+    write_series(folder, volume((1, 30, 30)) + 1024, names=["loc.dcm"], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(folder, volume((2, 30, 30)) + 1024, names=["mr0", "mr1"], sop=MRImageStorage, series="mr")
+    (folder / "notes.txt").write_text("x" * 200)
+    (folder / "069.xml").write_text("<a/>")
+    (folder / "empty").touch()
+    (folder / ".hidden").mkdir()
+    with caplog.at_level(logging.WARNING): assert (read_scan(folder).hu == volume()).all()
+    assert not caplog.records
+
+
+def test_subfolders_are_searched(tmp_path):
+    (tmp_path / "patient" / "study").mkdir(parents=True)
+    write_series(tmp_path / "patient" / "study" / "series", volume() + 1024)
+    assert read_scan(tmp_path / "patient").shape == (6, 20, 16)
+
+
+def damage(folder, what):
+    paths = sorted(folder.iterdir())
+    path = paths[3]
+    ds = pydicom.dcmread(path)
+    def put(**tags):
+        for name, value in tags.items(): setattr(ds, name, value)
+        ds.save_as(path)
+    if what == "missing": sorted(folder.iterdir(), key=lambda p: pydicom.dcmread(p).ImagePositionPatient[2])[2].unlink()
+    elif what == "two of three":
+        for other in sorted(folder.iterdir(), key=lambda p: pydicom.dcmread(p).ImagePositionPatient[2])[4:]: other.unlink()
+        sorted(folder.iterdir(), key=lambda p: pydicom.dcmread(p).ImagePositionPatient[2])[1].unlink()
+    elif what == "duplicate": shutil.copy(path, folder / "copy.dcm")
+    elif what == "truncated": path.write_bytes(path.read_bytes()[:-200])
+    elif what == "truncated header": path.write_bytes(path.read_bytes()[:300])
+    elif what == "no pixels": del ds.PixelData; ds.save_as(path)
+    elif what == "garbage": path.write_bytes(b"not found" * 100)
+    elif what == "size": ds.PixelData = ds.PixelData[:16 * 16 * 2]; put(Rows=16)
+    elif what == "spacing": put(PixelSpacing=[0.7, 0.9])
+    elif what == "turned": put(ImageOrientationPatient=[0, 1, 0, 1, 0, 0])
+    elif what == "no position": del ds.ImagePositionPatient; ds.save_as(path)
+    elif what == "slope 0": put(RescaleSlope=0)
+    elif what == "slope gone": del ds.RescaleSlope; ds.save_as(path)
+    elif what == "colour": put(SamplesPerPixel=3)
+    elif what == "frames": put(NumberOfFrames=5)
+    elif what == "absurd":
+        for p in paths:
+            ds = pydicom.dcmread(p); ds.Rows, ds.Columns = 65000, 65000; ds.save_as(p)
+    elif what == "absurd packed":
+        for p in paths:
+            ds = pydicom.dcmread(p); ds.Rows, ds.Columns = 65000, 65000; ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian; ds.save_as(p)
+    elif what == "larger than file":
+        for p in paths:
+            ds = pydicom.dcmread(p); ds.Rows, ds.Columns = 8000, 8000; ds.save_as(p)
+    elif what == "uneven": put(ImagePositionPatient=[-50.5, -60.25, float(ds.ImagePositionPatient[2]) + 0.6])
+    elif what == "tilt":
+        for p in paths:
+            ds = pydicom.dcmread(p); x, y, z = ds.ImagePositionPatient; ds.ImagePositionPatient = [x, float(y) + 0.3 * float(z), z]; ds.save_as(p)
+    elif what == "lone": [other.unlink() for other in paths if other != path]
+    elif what == "only MR":
+        for p in paths:
+            ds = pydicom.dcmread(p); ds.SOPClassUID = MRImageStorage; ds.save_as(p)
+    elif what == "emptied": [p.unlink() for p in paths]
+
+
+@pytest.mark.parametrize("what, words", [
+    ("missing", "missing 1 slice"), ("two of three", "missing 1 slice"), ("duplicate", "same position"), ("truncated", "truncated"), ("truncated header", "header|has no"),
+    ("no pixels", "no pixel data"), ("garbage", "unreadable"), ("size", "differ in size"), ("spacing", "differ in pixel spacing"), ("turned", "differ in orientation"),
+    ("no position", "ImagePositionPatient"), ("slope 0", "RescaleSlope"), ("slope gone", "RescaleSlope"), ("colour", "grey"), ("frames", "single-slice"), ("absurd", "65000"), ("absurd packed", "65000"),
+    ("larger than file", "truncated"), ("uneven", "unevenly"), ("tilt", "tilt"), ("lone", "at least 2 slices"), ("only MR", "MR Image"), ("emptied", "no DICOM"),
+])
+def test_faults_of_a_series(toy, what, words):
+    folder, _ = toy
+    damage(folder, what)
+    tracemalloc.start()
+    with pytest.raises(ScanError, match=words) as caught: read_scan(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert folder.name in str(caught.value) and "\n" not in str(caught.value)
+    assert peak < 100e6  # refused before anything large is allocated
+
+
+def test_a_compressed_series_without_decoder_says_so(tmp_path):
+    folder = write_series(tmp_path / "s", volume() + 1024)
+    for path in folder.iterdir():
+        ds = pydicom.dcmread(path)
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
+        ds.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + bytes(40)])
+        ds["PixelData"].is_undefined_length = True
+        ds.save_as(path)
+    with pytest.raises(ScanError): read_scan(folder)
+
+
+def test_paths_that_are_no_scan(tmp_path):
+    with pytest.raises(ScanError, match="does not exist"): read_scan(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ScanError, match="no DICOM files"): read_scan(tmp_path / "empty")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG" + bytes(300))
+    with pytest.raises(ScanError, match="no DICOM file"): read_scan(tmp_path / "a.png")
+
+
+def test_memory_stays_near_one_volume(tmp_path):
+    hu = volume((40, 256, 256))
+    folder = write_series(tmp_path / "s", hu.astype(np.int32) + 1024)
+    read_scan(folder)  # imports
+    tracemalloc.start()
+    scan = read_scan(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.2 * scan.hu.nbytes
+
+
+# ---- reading image files
+
+def itk_image(array, spacing=(0.7, 0.8, 2.5)):
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing[:image.GetDimension()])
+    return image
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_image_files_round_trip(tmp_path, suffix, dtype):
+    q, _ = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))
+    hu = volume().astype(dtype) + dtype(0 if dtype == np.int16 else 0.25)
+    scan = Scan(hu, (2.5, 0.123456789, 0.8), (-12.3456789, 5, 1e3), q * np.sign(np.linalg.det(q)))
+    back = read_scan(write_scan(scan, tmp_path / f"a.b{suffix}"))
+    tolerance = 1e-3 if "nii" in suffix else 1e-6  # NIfTI stores its geometry in single precision
+    assert back.hu.dtype == dtype and (back.hu == hu).all() and "marker" not in back.meta
+    assert np.allclose(back.voxel_to_world([[0, 0, 0], [5, 19, 15]]), scan.voxel_to_world([[0, 0, 0], [5, 19, 15]]), atol=tolerance)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp")] == []
+
+
+@pytest.mark.parametrize("kind, expected", [("u2", np.int16), ("i4", np.int16), ("f4", np.int16), ("f8", np.int16), ("u1", np.int16)])
+def test_whole_values_that_fit_become_int16(tmp_path, kind, expected):
+    sitk.WriteImage(itk_image(volume(low=0, high=200).astype(kind)), str(tmp_path / "a.nrrd"))
+    scan = read_scan(tmp_path / "a.nrrd")
+    assert scan.hu.dtype == expected and (scan.hu == volume(low=0, high=200)).all()
+
+
+def test_fractions_and_large_values_become_float32(tmp_path):
+    for array in (volume() + 0.5, volume().astype("i4") + 50_000):
+        sitk.WriteImage(itk_image(array), str(tmp_path / "a.mha"))
+        scan = read_scan(tmp_path / "a.mha")
+        assert scan.hu.dtype == np.float32 and np.allclose(scan.hu, array)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_truncated_image_files(tmp_path, suffix, compress, capfd):
+    path = tmp_path / f"a{suffix}"
+    sitk.WriteImage(itk_image(volume((8, 64, 64))), str(path), compress)
+    data = next((p for p in tmp_path.iterdir() if p.suffix in (".raw", ".zraw")), path)
+    whole = data.read_bytes()
+    for part in (0.98, 0.5, 0.02):
+        data.write_bytes(whole[:int(len(whole) * part)])
+        with pytest.raises(ScanError, match=path.name): read_scan(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_gzip_in_several_members_is_whole(tmp_path):
+    import gzip
+    sitk.WriteImage(itk_image(volume()), str(tmp_path / "a.nii"))
+    raw = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(raw[:1000]) + gzip.compress(raw[1000:]))
+    assert (read_scan(tmp_path / "b.nii.gz").hu == volume()).all()
+
+
+def test_image_files_that_are_no_volume(tmp_path, capfd):
+    cases = {"2-D.mha": volume()[0], "nan.nrrd": np.where(np.arange(16) == 3, np.nan, volume().astype("f4")), "4d.nii.gz": volume((2, 3, 8, 8))}
+    for name, array in cases.items(): sitk.WriteImage(sitk.GetImageFromArray(array, isVector=False), str(tmp_path / name))
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 8, 8, 3), "u1"), isVector=True), str(tmp_path / "rgb.mha"))
+    (tmp_path / "broken.mha").write_bytes(b"ObjectType = Image\nNDims = x\n")
+    (tmp_path / "zero.nii.gz").touch()
+    for name, words in {"2-D.mha": "2-D image", "nan.nrrd": "NaN", "4d.nii.gz": "4-D image", "rgb.mha": "3 values per voxel", "broken.mha": "unreadable header", "zero.nii.gz": "unreadable header"}.items():
+        with pytest.raises(ScanError, match=words) as caught: read_scan(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_header_that_claims_absurd_sizes_allocates_nothing(tmp_path):
+    sitk.WriteImage(itk_image(volume()), str(tmp_path / "a.mha"), True)
+    raw = (tmp_path / "a.mha").read_bytes()
+    (tmp_path / "a.mha").write_bytes(raw.replace(b"DimSize = 16 20 6", b"DimSize = 20000 20000 6000"))
+    with pytest.raises(ScanError, match="claims"): read_scan(tmp_path / "a.mha")
+
+
+def test_mhd_data_file(tmp_path):
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(itk_image(volume()), str(tmp_path / "in" / "a.mhd"))
+    header = (tmp_path / "in" / "a.mhd").read_text()
+    (tmp_path / "in" / "other.raw").write_bytes((tmp_path / "in" / "a.raw").read_bytes())
+    (tmp_path / "in" / "a.mhd").write_text(header.replace("a.raw", "other.raw"))
+    assert (read_scan(tmp_path / "in" / "a.mhd").hu == volume()).all()
+    (tmp_path / "secret.raw").write_bytes((tmp_path / "in" / "a.raw").read_bytes())
+    (tmp_path / "in" / "a.mhd").write_text(header.replace("a.raw", "../secret.raw"))
+    with pytest.raises(ScanError, match="outside its own folder"): read_scan(tmp_path / "in" / "a.mhd")
+    (tmp_path / "in" / "a.mhd").write_text(header.replace("a.raw", "gone.raw"))
+    with pytest.raises(ScanError, match="missing"): read_scan(tmp_path / "in" / "a.mhd")
+
+
+# ---- writing DICOM
+
+def test_unchanged_copy_is_the_same_files(toy, tmp_path):
+    folder, scan = toy
+    copy = write_scan(scan, tmp_path / "copy")
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_only_changed_voxels_change_and_headers_stay(toy, tmp_path):
+    folder, scan = toy
+    hu = scan.hu.copy()
+    hu[2, 10, 8:10] += 100
+    written = write_scan(scan.with_hu(hu, FORGED), tmp_path / "f")
+    before = {p.name: pydicom.dcmread(p) for p in folder.iterdir()}
+    after = {p.name: pydicom.dcmread(p) for p in written.iterdir()}
+    assert before.keys() == after.keys()
+    assert sum(int((before[n].pixel_array != after[n].pixel_array).sum()) for n in before) == 2
+    assert len({ds.SeriesInstanceUID for ds in after.values()}) == 1 and len({ds.SOPInstanceUID for ds in after.values()}) == 6
+    new = {"SOPInstanceUID", "SeriesInstanceUID", "ImageType", "SeriesDescription", "PixelData"}
+    for name in before:
+        for element in before[name]:
+            assert (after[name][element.tag].value == element.value) or element.keyword in new, element
+        ds = after[name]
+        assert ds.SOPInstanceUID == ds.file_meta.MediaStorageSOPInstanceUID != before[name].SOPInstanceUID
+        assert list(ds.ImageType) == ["DERIVED", "SECONDARY", "AXIAL"] and ds.SeriesDescription == "TEACHING FORGERY Chest"
+        assert "TEACHING FORGERY" in ds.private_block(0x4D49, "MITS_NB")[0x01].value
+        assert ds.SourceImageSequence[0].ReferencedSOPInstanceUID == before[name].SOPInstanceUID
+
+
+def test_uids_follow_from_the_content(toy, tmp_path):
+    _, scan = toy
+    forged = scan.with_hu(scan.hu + np.int16(1), FORGED)
+    a, b = (write_scan(forged, tmp_path / name) for name in "ab")
+    assert {p.name: p.read_bytes() for p in a.iterdir()} == {p.name: p.read_bytes() for p in b.iterdir()}
+    c = write_scan(scan.with_hu(scan.hu + np.int16(2), FORGED), tmp_path / "c")
+    assert not set(pixels_of(a)) & set(pixels_of(c))
+
+
+def test_a_change_without_a_note_is_marked_too(toy, tmp_path):
+    _, scan = toy
+    written = write_scan(scan.with_hu(scan.hu + np.int16(1)), tmp_path / "m")
+    assert "MODIFIED" in read_scan(written).meta["marker"]
+    assert next(iter(pixels_of(written).values())).ImageType[0] == "DERIVED"
+
+
+@pytest.mark.parametrize("suffix", ["", *SUFFIXES])
+def test_marker_survives_every_format_and_any_chain(toy, tmp_path, suffix):
+    _, scan = toy
+    forged = read_scan(write_scan(scan.with_hu(scan.hu + np.int16(1), FORGED), tmp_path / f"one{suffix}"))
+    assert "TEACHING FORGERY" in forged.meta["marker"] and forged.history == ()
+    for k, other in enumerate(["", *SUFFIXES]):
+        again = read_scan(write_scan(forged, tmp_path / f"two{k}{other}"))
+        assert "TEACHING FORGERY" in again.meta["marker"]
+    both = read_scan(write_scan(forged.with_hu(forged.hu, PROTECTED), tmp_path / f"three{suffix}"))
+    assert both.meta["marker"].startswith("TEACHING FORGERY")
+    if suffix == "": assert "PROTECTED" in both.meta["marker"]
+
+
+def test_protected_series_says_so(toy, tmp_path):
+    _, scan = toy
+    written = write_scan(scan.with_hu(scan.hu + np.int16(1), PROTECTED), tmp_path / "p")
+    ds = next(iter(pixels_of(written).values()))
+    assert ds.SeriesDescription == "protected (mits_nb) Chest" and ds.ImageType[0] == "DERIVED" and "FORGERY" not in read_scan(written).meta["marker"]
+    assert "mitsgan-tiny" in read_scan(written).meta["marker"]
+    twice = scan.with_hu(scan.hu, PROTECTED).with_hu(scan.hu, FORGED)
+    assert marker_text(twice).startswith("TEACHING FORGERY") and "PROTECTED" in marker_text(twice)
+
+
+def test_new_series_is_valid_ct(tmp_path):
+    q, _ = np.linalg.qr(np.random.default_rng(8).normal(size=(3, 3)))
+    scan = Scan(volume(low=-3024, high=3000), (1.25, 0.7, 0.7), (-100.123456, 20, 3), q * np.sign(np.linalg.det(q)))
+    folder = write_scan(scan, tmp_path / "new series 1.2.840")
+    back, image = read_scan(folder), itk_series(folder)
+    assert (back.hu == scan.hu).all() and (sitk.GetArrayFromImage(image) == scan.hu).all()
+    assert np.allclose(image.GetSpacing(), scan.spacing[::-1]) and np.allclose(image.GetOrigin(), scan.origin, atol=1e-6) and np.allclose(np.reshape(image.GetDirection(), (3, 3)), scan.direction, atol=1e-6)
+    for ds in pixels_of(folder).values():
+        assert ds.SOPClassUID == CTImageStorage and ds.PixelRepresentation == 1 and ds.RescaleIntercept == 0 and ds.Modality == "CT"
+        for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
+                        "SeriesNumber", "FrameOfReferenceUID", "PositionReferenceIndicator", "Manufacturer", "InstanceNumber", "ImageType", "KVP", "AcquisitionNumber", "SliceThickness"):
+            assert keyword in ds, keyword
+        assert all(len(str(v)) <= 16 for key in ("ImagePositionPatient", "ImageOrientationPatient") for v in ds[key].value)
+
+
+def test_new_series_of_floats(tmp_path):
+    scan = Scan(volume((3, 8, 8)).astype(np.float32) + np.float32(40_000.4), (1, 1, 1))
+    back = read_scan(write_scan(scan, tmp_path / "f"))
+    assert np.abs(back.hu - scan.hu).max() <= 0.5
+    with pytest.raises(ScanError, match="16 bits"): write_scan(replace(scan, hu=scan.hu * np.float32([[[-100]], [[1]], [[100]]])), tmp_path / "g")
+    with pytest.raises(ScanError, match="at least 2"): write_scan(replace(scan, hu=scan.hu[:1]), tmp_path / "h")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f"]
+
+
+def test_resampled_scan_becomes_a_new_series_with_its_marker(toy, tmp_path):
+    _, scan = toy
+    small = resample(scan.with_hu(scan.hu, FORGED), 1.0)
+    back = read_scan(write_scan(small, tmp_path / "r"))
+    assert (back.hu == small.hu).all() and back.spacing == (1.0, 1.0, 1.0) and "TEACHING FORGERY" in back.meta["marker"]
+    moved = replace(scan, origin=(0, 0, 0))  # headers no longer describe it
+    assert read_scan(write_scan(moved, tmp_path / "m")).origin == (0, 0, 0)
+
+
+def test_values_outside_the_stored_bits_are_clipped_aloud(toy, tmp_path, caplog):
+    _, scan = toy  # 12 bits unsigned, intercept -1024
+    hu = scan.hu.copy()
+    hu[0, 0, :2] = -2000, 4000
+    with caplog.at_level(logging.WARNING): back = read_scan(write_scan(scan.with_hu(hu), tmp_path / "c"))
+    assert back.hu[0, 0, :2].tolist() == [-1024, 3071] and "2 voxels" in caplog.text
+
+
+def test_originals_and_foreign_folders_are_never_replaced(toy, tmp_path):
+    folder, scan = toy
+    with pytest.raises(OutputError, match="read from"): write_scan(scan, folder)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.docx").write_text("precious" * 50)
+    with pytest.raises(OutputError, match="thesis.docx"): write_scan(scan, tmp_path / "home")
+    with pytest.raises(OutputError, match="suffix"): write_scan(scan, tmp_path / "a.png")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError): write_scan(scan, tmp_path / "file" / "a.mha")
+    with pytest.raises(OutputError): write_scan(scan, tmp_path / "file")
+    assert (tmp_path / "home" / "thesis.docx").exists() and (tmp_path / "file").read_text() == "x"
+    first = write_scan(scan.with_hu(scan.hu, FORGED), tmp_path / "out")
+    assert write_scan(scan.with_hu(scan.hu, FORGED), tmp_path / "out") == first  # our own earlier result may be replaced
+
+
+def test_failed_write_leaves_nothing(toy, tmp_path, monkeypatch):
+    _, scan = toy
+    before = sorted(p.name for p in tmp_path.iterdir())
+    saved = pydicom.dataset.Dataset.save_as
+    def fail(self, path, *args, **kwargs):
+        if path.name == scan.source.names[3]: raise OSError(28, "No space left on device")
+        return saved(self, path, *args, **kwargs)
+    monkeypatch.setattr(pydicom.dataset.Dataset, "save_as", fail)
+    with pytest.raises(OutputError, match="No space"): write_scan(scan, tmp_path / "half")
+    monkeypatch.setattr(sitk, "WriteImage", lambda *a: (_ for _ in ()).throw(RuntimeError("disk full")))
+    with pytest.raises(OutputError, match="disk full"): write_scan(scan, tmp_path / "half.mha")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# ---- the object
+
+def test_scan_refuses_nonsense():
+    good = dict(hu=volume(), spacing=(1, 1, 1))
+    for bad in (dict(hu=volume()[0]), dict(hu=volume().astype(np.float64)), dict(spacing=(1, 1)), dict(spacing=(1, 0, 1)), dict(spacing=(1, np.nan, 1)),
+                dict(origin=(0, np.inf, 0)), dict(direction=np.ones((3, 3))), dict(hu=np.zeros((0, 3, 3), np.int16))):
+        with pytest.raises(ScanError): Scan(**{**good, **bad})
+
+
+def test_with_hu_keeps_type_and_never_mutates():
+    scan = Scan(volume(), (1, 1, 1))
+    other = scan.with_hu(scan.hu.astype(np.float64) + 0.6, FORGED)
+    assert other.hu.dtype == np.int16 and (other.hu == scan.hu + 1).all() and scan.history == () and other.history == (FORGED,)
+    assert other.with_hu(scan.hu, PROTECTED).history == (FORGED, PROTECTED)
+    assert scan.with_hu(np.full(scan.shape, 1e6)).hu.max() == 32767
+    with pytest.raises(ScanError): scan.with_hu(scan.hu[:2])
+    with pytest.raises(ScanError): scan.with_hu(np.full(scan.shape, np.nan))
+
+
+@pytest.mark.parametrize("spacing", [1.0, (1.0, 0.5, 0.9), (5.0, 2.0, 2.0)])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_resample_is_simpleitk_linear(spacing, dtype):
+    scan = Scan(volume().astype(dtype), (2.5, 0.7, 0.8), (5, 6, 7))
+    out = resample(scan, spacing)
+    image = sitk.GetImageFromArray(scan.hu.astype(np.float64))
+    image.SetSpacing(scan.spacing[::-1]), image.SetOrigin(scan.origin)
+    expected = sitk.GetArrayFromImage(sitk.Resample(image, out.shape[::-1], sitk.Transform(), sitk.sitkLinear, out.origin, out.spacing[::-1]))
+    assert np.abs(expected - out.hu).max() <= (0.5001 if dtype == np.int16 else 1e-2)
+    assert (resample(scan, scan.spacing).hu == scan.hu).all()
+    with pytest.raises(ScanError): resample(scan, 0)
+
+
+def test_window_and_pictures(tmp_path):
+    import matplotlib.pyplot as plt
+    assert window(np.array([-200, -160, 40, 240, 300], np.int16), 40, 400).tolist() == [0, 0, 128, 255, 255]
+    with pytest.raises(ScanError): window(np.zeros(3), 0, 0)
+    hu = np.random.default_rng(0).normal(-800, 60, (4, 512, 512))
+    heat = np.zeros((121, 121)); heat[40:60, 40:60] = 1
+    figure = show_slices(hu, list("abcd"), overlay=[None, heat, None, heat], boxes=[None, [(200, 232, 100, 132)], None, None])
+    figure.savefig(tmp_path / "a.png", bbox_inches="tight")
+    assert plt.get_fignums() == [] and (tmp_path / "a.png").stat().st_size < 130_000
+    assert len(show_slices(hu[0]).axes) == 1
+    for bad in (dict(images=volume()[:2], titles=["one"]), dict(images=np.zeros((2, 2, 2, 2))), dict(images=[]), dict(images=volume()[:2], overlay=[heat])):
+        with pytest.raises(ScanError): show_slices(**bad)
+
+
+# ---- damage at random, and real files
+
+def test_mutated_files_end_in_a_scan_or_one_of_our_errors(tmp_path):
+    dice, base = random.Random(7), Scan(volume((4, 20, 16)), (2.5, 1, 1))
+    write_scan(base, tmp_path / "s")
+    for suffix in SUFFIXES: write_scan(base, tmp_path / f"a{suffix}")
+    ended = {"scan": 0, "error": 0}
+    for turn in range(200):
+        target = tmp_path / "work"
+        shutil.rmtree(target, ignore_errors=True)
+        if turn % 2:
+            shutil.copytree(tmp_path / "s", target)
+            path, victim = target, target / f"slice_{dice.randrange(4):04d}.dcm"
+        else:
+            target.mkdir()
+            for file in tmp_path.glob("a.*"): shutil.copy(file, target)
+            path = victim = target / f"a{dice.choice(SUFFIXES)}"
+        raw = bytearray(victim.read_bytes())
+        for _ in range(dice.choice([1, 2, 5, 20])):
+            at, how = dice.randrange(min(len(raw), 1400)), dice.random()
+            if how < 0.6: raw[at] = dice.randrange(256)
+            elif how < 0.7: del raw[max(at, 1):]
+            elif how < 0.85: raw[at:at] = bytes(dice.randrange(256) for _ in range(9))
+            else: del raw[at:at + 9]
+            if len(raw) < 3: break
+        victim.write_bytes(raw)
+        try:
+            write_scan(read_scan(path), tmp_path / "written again")
+            ended["scan"] += 1
+        except MitsError as error:
+            assert "\n" not in str(error)
+            ended["error"] += 1
+    assert min(ended.values()) > 20, ended
+
+
+def test_real_series(data_dir, tmp_path, capfd):
+    folder = data_dir / "dicom" / "LIDC-IDRI-0001"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scan = read_scan(folder)
+        copy = write_scan(scan, tmp_path / "copy")
+        forged = write_scan(scan.with_hu(np.where(np.arange(512) == 7, np.int16(0), scan.hu), FORGED), tmp_path / "forged")
+        again = read_scan(forged)
+    assert capfd.readouterr().err == ""
+    assert scan.shape == (30, 512, 512) and scan.spacing == (2.5, 0.703125, 0.703125) and scan.hu.min() == -2048 and scan.hu.dtype == np.int16
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+    image = itk_series(forged)
+    assert (sitk.GetArrayFromImage(image) == again.hu).all() and (again.hu != scan.hu)[..., 8:].sum() == 0
+    assert np.allclose(image.GetSpacing(), scan.spacing[::-1]) and np.allclose(image.GetOrigin(), scan.origin)
+
+
+def test_real_image_files_and_lone_slices(data_dir, capfd):
+    for name, shape in {"LIDC-IDRI-0003": (44, 512, 512), "CPTAC-LSCC_C3N-00247": (20, 512, 512), "Lung_Dx-A0001": (24, 512, 512)}.items():
+        scan = read_scan(data_dir / f"{name}.mha")
+        assert scan.shape == shape and scan.hu.dtype == np.int16
+    for path in (data_dir / "slices", data_dir / "slices" / "COVID-19-NY-SBU_A002304.dcm"):
+        with pytest.raises(ScanError): read_scan(path)
+    assert capfd.readouterr().err == ""
