@@ -1,0 +1,300 @@
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mits_nb.attack.tamper import (Equalizer, Tampering, centre_mask, cuboid_box, cut_cube, fade, harmonic_inpaint, load_equalizer, make_noise,
+                                   paste_cube, save_equalizer, tamper, tamper_tensor)
+from mits_nb.core import PlaceError, ScanError, UsageError, WeightsError
+from mits_nb.scan import Scan
+
+SPACINGS = [(2.5, 0.7, 0.7), (1.0, 1.0, 1.0), (5.0, 0.84, 0.9), (0.6, 2.2, 1.3)]
+HARMONIC = partial(harmonic_inpaint, mask=centre_mask(32, 16))
+
+
+def lung(shape=(30, 90, 90), seed=0, dtype=np.int16):
+    return np.random.default_rng(seed).normal(-870, 25, shape).astype(dtype)
+
+
+def ball(hu, spacing, at, radius, value=40):
+    grid = np.ogrid[tuple(slice(n) for n in hu.shape)]
+    inside = sum(((g - a) * s) ** 2 for g, a, s in zip(grid, at, spacing)) < radius**2
+    out = hu.copy(); out[inside] = value
+    return out
+
+
+@pytest.fixture(scope="module")
+def equalizer():
+    r = np.random.default_rng(0)
+    return Equalizer().fit(np.concatenate([r.normal(-870, 40, 50_000), r.normal(40, 30, 8_000), r.uniform(-1000, 300, 5_000)]))
+
+
+# ------------------------------------------------------------------ cutting
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_cut_is_grid_sample(spacing):
+    hu = torch.from_numpy(lung((20, 50, 60))).double()
+    at = (9.3, 22.2, 31.0)
+    off = torch.arange(32, dtype=torch.float64) - 15.5
+    axes = [(a + off / s) / (n - 1) * 2 - 1 for a, s, n in zip(at, spacing, hu.shape)]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1)[None]
+    want = F.grid_sample(hu[None, None], grid, align_corners=True, padding_mode="border")[0, 0]
+    assert torch.allclose(cut_cube(hu, at, spacing), want, atol=1e-9)
+
+
+def test_cut_of_unit_spacing_at_half_voxels_copies():
+    hu = torch.from_numpy(lung((40, 40, 40))).float()
+    assert torch.equal(cut_cube(hu, (19.5, 17.5, 20.5), (1, 1, 1)), hu[4:36, 2:34, 5:37])
+
+
+def test_cut_takes_int16_and_one_slice():
+    hu = torch.from_numpy(lung((1, 60, 60)))
+    cube = cut_cube(hu, (0, 30, 30), (2.5, 0.7, 0.7))
+    assert cube.shape == (32, 32, 32) and cube.dtype == torch.float32 and torch.isfinite(cube).all()
+    assert torch.equal(cube[0], cube[31])                                      # border repeated
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_box_holds_exactly_the_voxels_inside_the_cube(spacing):
+    at, shape = (14.2, 44.9, 40.0), (30, 90, 90)
+    for (lo, hi), a, s, n in zip(cuboid_box(at, spacing, shape), at, spacing, shape):
+        inside = [i for i in range(n) if abs(i - a) * s <= 15.5 + 1e-6]
+        assert (lo, hi) == (inside[0], inside[-1] + 1)
+
+
+# ------------------------------------------------------------------ equaliser
+def test_equalizer_is_monotone_bounded_and_invertible(equalizer):
+    v = torch.linspace(-1000, 2000, 50_001)
+    x = equalizer(v)
+    assert (x.diff() > 0).all() and x[0] == -0.5 and x[-1] == 0.5
+    assert (equalizer.inverse(x) - v).abs().max() < 0.5
+    u = torch.linspace(-0.5, 0.5, 10_001)
+    assert (equalizer(equalizer.inverse(u)) - u).abs().max() < 1e-5
+
+
+def test_equalizer_flattens_the_histogram(equalizer):
+    r = np.random.default_rng(0)
+    v = torch.from_numpy(np.concatenate([r.normal(-870, 40, 50_000), r.normal(40, 30, 8_000), r.uniform(-1000, 300, 5_000)]))
+    counts = torch.histc(equalizer(v).float(), 10, -0.5, 0.5)
+    assert counts[:9].std() / counts[:9].mean() < 0.2                          # the last tenth belongs to the uniform share above 300 HU
+
+
+def test_equalizer_slope_is_bounded(equalizer):
+    x = torch.linspace(-0.499, 0.498, 5_000)
+    assert ((equalizer.inverse(x + 1e-3) - equalizer.inverse(x)) <= 3000 / equalizer.mix * 1.01e-3).all()
+
+
+def test_equalizer_gradients(equalizer):
+    v = (torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2900 - 950).requires_grad_(True)
+    assert torch.autograd.gradcheck(equalizer, (v,), eps=1e-5, atol=1e-6, nondet_tol=0)
+    x = equalizer(v).detach().requires_grad_(True)
+    assert torch.autograd.gradcheck(equalizer.inverse, (x,), eps=1e-9, rtol=1e-3, atol=1)
+
+
+def test_unfitted_equalizer_is_a_straight_line():
+    v = torch.tensor([-1000., 500., 2000., 5000., -3024.])
+    assert torch.allclose(Equalizer()(v), torch.tensor([-0.5, 0., 0.5, 0.5, -0.5]), atol=1e-6)
+
+
+def test_equalizer_saves_and_refuses(tmp_path, equalizer):
+    path = save_equalizer(equalizer, tmp_path / "eq.safetensors")
+    back = load_equalizer(path)
+    assert torch.equal(back.cdf, equalizer.cdf) and back.mix == equalizer.mix
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(WeightsError): load_equalizer(path)
+    with pytest.raises(WeightsError): load_equalizer(tmp_path / "none.safetensors")
+
+
+def test_equalizer_refuses_nothing_and_nonsense():
+    with pytest.raises(UsageError): Equalizer().fit(np.array([]))
+    with pytest.raises(UsageError): Equalizer().fit(np.full(5, np.nan))
+    with pytest.raises(UsageError): Equalizer(mix=0)
+
+
+# ------------------------------------------------------------------ harmonic in-painting
+def test_harmonic_reproduces_harmonic_functions_and_obeys_the_maximum_principle():
+    z, y, x = torch.meshgrid(*[torch.arange(16.)] * 3, indexing="ij")
+    f, m = 0.1 * (z * x - y), centre_mask(16, 8)
+    assert torch.allclose(harmonic_inpaint(f.masked_fill(m, 9.), m), f, atol=1e-3)
+    r = torch.rand(2, 1, 16, 16, 16)
+    out = harmonic_inpaint(r, m)
+    assert out.min() >= 0 and out.max() <= 1 and torch.equal(out[..., ~m], r[..., ~m])
+
+
+def test_harmonic_ignores_what_is_inside_and_has_the_right_gradient():
+    m = centre_mask(8, 4)
+    r = torch.rand(8, 8, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(partial(harmonic_inpaint, mask=m), (r,))
+    grad, = torch.autograd.grad(harmonic_inpaint(r, m).sum(), r)
+    assert (grad[m] == 0).all() and (grad[~m] > 0).any()
+
+
+def test_harmonic_refuses_a_mask_without_rim():
+    for mask in (torch.ones(8, 8, 8, dtype=torch.bool), torch.zeros(8, 8, 8, dtype=torch.bool), centre_mask(16, 8)):
+        with pytest.raises(UsageError): harmonic_inpaint(torch.zeros(8, 8, 8), mask)
+
+
+# ------------------------------------------------------------------ pasting
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_equal_cubes_change_nothing(spacing):
+    hu = torch.from_numpy(lung()).float()
+    cube = cut_cube(hu, (15, 45, 45), spacing)
+    noise = torch.full([b - a for a, b in cuboid_box((15, 45, 45), spacing, hu.shape)], 100.)
+    assert torch.equal(paste_cube(hu, cube, cube, (15, 45, 45), spacing, noise=noise), hu)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("at", [(15.0, 45.0, 45.0), (14.3, 40.7, 50.2), (0, 0, 89), (29, 89, 2)])
+@pytest.mark.parametrize("settings", [Tampering(), Tampering.released()])
+def test_outside_the_box_every_bit_stays(spacing, at, settings, equalizer):
+    scan = Scan(lung(), spacing)
+    out = tamper(scan, at, lambda c: c * 0 + 0.3, "inject", settings, equalizer)
+    outside = np.ones(scan.shape, bool)
+    outside[tuple(slice(*b) for b in cuboid_box(at, spacing, scan.shape))] = False
+    assert np.array_equal(out.hu[outside], scan.hu[outside]) and not np.array_equal(out.hu, scan.hu)
+
+
+def test_window_is_one_in_the_mask_and_zero_at_the_rim():
+    p = np.arange(-0.5, 32, 0.25)
+    w = fade(p)
+    assert (w[np.abs(p - 15.5) <= 8] == 1).all() and (w[np.abs(p - 15.5) >= 12] == 0).all() and (np.diff(w[p >= 15.5]) <= 0).all()
+
+
+def test_removed_ball_leaves_no_ghost(equalizer):
+    spacing, at = (1.0, 0.7, 0.7), (15, 45, 45)
+    base = lung()
+    scan = Scan(ball(base, spacing, at, 6), spacing)
+    out = tamper(scan, at, HARMONIC, "remove", equalizer=equalizer)
+    z, y, x = np.ogrid[:30, :90, :90]
+    d = np.sqrt((z - 15) ** 2 + 0.49 * (y - 45) ** 2 + 0.49 * (x - 45) ** 2)
+    shell = (d > 5) & (d < 7)
+    assert abs(out.hu[shell].mean() + 870) < 25 and 15 < out.hu[shell].std() < 40
+    assert (out.hu[d < 6] > -400).mean() < 0.01
+
+
+def test_noise_level_inside_is_that_of_the_scan(equalizer):
+    scan = Scan(lung((40, 150, 150)), (1.0, 0.7, 0.7))
+    out = tamper(scan, (20, 75, 75), HARMONIC, "remove", equalizer=equalizer)
+    inner = np.s_[14:27, 66:85, 66:85]
+    assert 0.75 < out.hu[inner].std() / scan.hu[inner].std() < 1.25
+    plain = tamper(scan, (20, 75, 75), HARMONIC, "remove", Tampering(touch_up=None), equalizer)
+    assert plain.hu[inner].std() < 10
+
+
+def test_noise_depends_on_the_seed_only():
+    hu, at, spacing = torch.from_numpy(lung((40, 150, 150))), (20, 75, 75), (1.0, 0.7, 0.7)
+    patches = [make_noise(hu, at, spacing, seed=s) for s in (1, 1, 2, 3, 4, 5)]
+    assert torch.equal(patches[0], patches[1]) and not all(torch.equal(patches[0], p) for p in patches[2:])
+
+
+def test_padding_survives(equalizer):
+    hu = lung(); hu[:, :, 60:] = -3024
+    out = tamper(Scan(hu, (2.5, 0.7, 0.7)), (15, 45, 45), HARMONIC, "remove", equalizer=equalizer)
+    assert np.array_equal(out.hu[:, :, 62:], hu[:, :, 62:])
+
+
+# ------------------------------------------------------------------ tensors
+def test_crop_equals_volume(equalizer):
+    hu, spacing, at = torch.from_numpy(ball(lung(), (2.5, 0.7, 0.7), (15, 45, 45), 5)).float(), (2.5, 0.7, 0.7), np.array([15, 45, 45])
+    noise = make_noise(hu, at, spacing)
+    whole = tamper_tensor(hu, at, spacing, HARMONIC, equalizer=equalizer, noise=noise)
+    lo = np.array([5, 10, 12])
+    part = tamper_tensor(hu[5:27, 10:82, 12:80], at - lo, spacing, HARMONIC, equalizer=equalizer, noise=noise)
+    assert torch.equal(part, whole[5:27, 10:82, 12:80])
+
+
+def test_gradient_by_finite_differences(equalizer):
+    spacing, at = (2.5, 0.7, 0.7), (8.2, 30, 31)
+    gen = torch.Generator().manual_seed(0)
+    hu = torch.from_numpy(ball(lung((17, 62, 62)), spacing, at, 5)).double() + torch.rand(17, 62, 62, generator=gen, dtype=torch.float64) * 0.3
+    noise, r = make_noise(hu, at, spacing), torch.randn(17, 62, 62, generator=gen, dtype=torch.float64)
+    f = lambda h: (r * tamper_tensor(h, at, spacing, HARMONIC, equalizer=equalizer, noise=noise)).sum()
+    hu.requires_grad_(True)
+    grad, = torch.autograd.grad(f(hu), hu)
+    d, eps = torch.randn(17, 62, 62, generator=gen, dtype=torch.float64), 1e-6
+    with torch.no_grad(): numeric = (f(hu + eps * d) - f(hu - eps * d)) / (2 * eps)
+    assert abs((grad * d).sum() - numeric) < 1e-3 * abs(numeric)
+    assert not torch.allclose(grad, r)                                         # the attack is not the identity
+
+
+def test_centre_does_not_reach_the_in_painter(equalizer):
+    hu = torch.from_numpy(lung()).float()
+    seen = []
+    spy = lambda c: seen.append(c.clone()) or HARMONIC(c)
+    for value in (-900, 500):
+        changed = hu.clone(); changed[13:18, 40:51, 40:51] = value
+        tamper_tensor(changed, (15, 45, 45), (2.5, 0.7, 0.7), spy, equalizer=equalizer)
+    assert torch.equal(seen[0], seen[1]) and (seen[0][0, 0][centre_mask()] == 0).all()
+
+
+def test_input_is_not_changed_and_autocast_is_harmless(equalizer):
+    hu = torch.from_numpy(lung()).float(); before = hu.clone()
+    plain = tamper_tensor(hu, (15, 45, 45), (2.5, 0.7, 0.7), HARMONIC, equalizer=equalizer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        auto = tamper_tensor(hu, (15, 45, 45), (2.5, 0.7, 0.7), HARMONIC, equalizer=equalizer)
+    assert torch.equal(hu, before) and torch.allclose(plain, auto, atol=0.5)
+
+
+# ------------------------------------------------------------------ scans
+def test_several_places_notes_and_dtype(equalizer):
+    for dtype in (np.int16, np.float32):
+        scan = Scan(lung(dtype=dtype), (2.5, 0.7, 0.7))
+        out = tamper(scan, [(10, 40, 40), (20, 50, 50)], HARMONIC, "remove", equalizer=equalizer, seed=3)
+        assert out.hu.dtype == dtype and scan.history == () and len(out.history) == 2
+        changed = out.hu != scan.hu
+        assert np.array_equal(out.hu[changed], np.rint(out.hu[changed]))
+        note = out.history[0]
+        assert note["kind"] == "forged" and note["action"] == "remove" and note["at"] == [10, 40, 40] and note["voxels_changed"] > 0
+        again = tamper(scan, [(10, 40, 40), (20, 50, 50)], HARMONIC, "remove", equalizer=equalizer, seed=3)
+        assert np.array_equal(again.hu, out.hu)
+
+
+def test_note_is_json(equalizer):
+    import json
+    out = tamper(Scan(lung(), (2.5, 0.7, 0.7)), np.array([10, 40, 40]), HARMONIC, "remove", equalizer=equalizer)
+    assert json.loads(json.dumps(out.history[0]))["box"] == [list(b) for b in cuboid_box((10, 40, 40), (2.5, 0.7, 0.7), (30, 90, 90))]
+
+
+def test_world_coordinates(equalizer):
+    scan = Scan(lung(), (2.5, 0.7, 0.7), origin=(-10., 5., 100.))
+    voxel = tamper(scan, (15, 45, 45), HARMONIC, "remove", equalizer=equalizer)
+    world = tamper(scan, scan.voxel_to_world((15, 45, 45)), HARMONIC, "remove", equalizer=equalizer, system="world")
+    assert np.abs(voxel.hu.astype(int) - world.hu).max() <= 1
+
+
+def test_few_slices_and_small_scans(equalizer):
+    for shape in ((1, 90, 90), (3, 90, 90), (10, 20, 20)):
+        out = tamper(Scan(lung(shape), (2.5, 0.7, 0.7)), (0, 10, 10), HARMONIC, "remove", equalizer=equalizer)
+        assert out.shape == shape
+
+
+@pytest.mark.parametrize("at", [(-1, 10, 10), (30, 10, 10), (5, 90, 10), (5, 10, -3), (5, 10), (np.nan, 5, 5), "here", [(5, 10, 10), (99, 5, 5)], []])
+def test_places_outside_or_senseless(at, equalizer):
+    scan = Scan(lung(), (2.5, 0.7, 0.7))
+    with pytest.raises(PlaceError) as e: tamper(scan, at, HARMONIC, "remove", equalizer=equalizer)
+    assert "\n" not in str(e.value)
+
+
+def test_bad_arguments(equalizer):
+    scan = Scan(lung(), (2.5, 0.7, 0.7))
+    with pytest.raises(UsageError): tamper(scan, (5, 40, 40), HARMONIC, "melt", equalizer=equalizer)
+    with pytest.raises(UsageError): tamper(scan, (5, 40, 40), HARMONIC, "remove", equalizer=equalizer, system="inch")
+    with pytest.raises(UsageError): tamper(scan, (5, 40, 40), lambda c: c[..., :16], "remove", equalizer=equalizer)
+    with pytest.raises(UsageError): tamper(scan, (5, 40, 40), lambda c: c * np.nan, "remove", equalizer=equalizer)
+    with pytest.raises(UsageError): tamper_tensor(torch.from_numpy(scan.hu), (5, 40, 40), scan.spacing, HARMONIC)
+    with pytest.raises(ScanError): cut_cube(torch.zeros(30, 90, 90), (5, 40, 40), (0, 0.7, 0.7))
+    with pytest.raises(ScanError): cut_cube(torch.zeros(30, 90, 90), (5, 40, 40), (25, 0.7, 0.7))
+    for bad in ({"mask": 32}, {"mask": 15}, {"paste": "glue"}, {"blend": 20}, {"touch_up": "paint"}, {"low": 3000}):
+        with pytest.raises(UsageError): Tampering(**bad)
+    with pytest.raises(UsageError, match="noise has shape"): tamper_tensor(torch.zeros(30, 90, 90), (5, 40, 40), (2.5, 0.7, 0.7), HARMONIC, noise=torch.zeros(3, 3, 3))
+
+
+def test_real_scan(data_dir, equalizer):
+    from mits_nb.scan import read_scan
+    scan = read_scan(data_dir / "LIDC-IDRI-0003.mha")
+    at = (scan.shape[0] // 2, 256, 140)
+    out = tamper(scan, at, HARMONIC, "remove", equalizer=equalizer)
+    outside = np.ones(scan.shape, bool)
+    outside[tuple(slice(*b) for b in out.history[0]["box"])] = False
+    assert np.array_equal(out.hu[outside], scan.hu[outside]) and out.spacing == scan.spacing

@@ -1,0 +1,405 @@
+"""Losses, the training loop, its checkpoints and its resume, at their edges."""
+import copy
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mits_nb.core import DataError, OutputError, TrainError, UsageError, WeightsError, pick_compute
+from mits_nb.gan import (
+    History, Task, bce_d_loss, checkpoints, every, fit, frozen, lsgan_d_loss, lsgan_g_loss, lsgan_losses,
+    minimax_g_loss, minimax_losses, nonsaturating_g_loss, nonsaturating_losses, read_checkpoint,
+)
+
+FP32, BF16 = pick_compute("cpu", "fp32"), pick_compute("cpu", "bf16")
+
+
+def mlp(n_in, n_out, width=16):
+    "Batch norm and dropout on purpose: buffers and random numbers must survive a resume too."
+    return nn.Sequential(nn.Linear(n_in, width), nn.BatchNorm1d(width), nn.LeakyReLU(.2), nn.Dropout(.3), nn.Linear(width, n_out))
+
+
+class Toy(Task):
+    def __init__(self, seed=0, width=16, decay=False):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            g, d = mlp(2, 2, width), mlp(2, 1, width)
+        self.decay = decay
+        super().__init__({"g": g, "d": d}, {"g": torch.optim.Adam(g.parameters(), 1e-3, betas=(.5, .999)),
+                                            "d": torch.optim.SGD(d.parameters(), 1e-2, momentum=.9)})
+
+    def update(self, x, backward):
+        g, d = self.networks["g"], self.networks["d"]
+        if self.decay: self.optimizers["g"].param_groups[0]["lr"] = 1e-3 * .9 ** (self.step // 5)
+        fake = g(torch.randn(len(x), 2))
+        d_loss = bce_d_loss(d(x), d(fake.detach()))
+        backward(d_loss)
+        self.optimizers["d"].step(); self.optimizers["d"].zero_grad()
+        with frozen(d) as judge: g_loss = nonsaturating_g_loss(judge(fake))
+        backward(g_loss)
+        self.optimizers["g"].step(); self.optimizers["g"].zero_grad()
+        return {"d": d_loss, "g": g_loss}
+
+    def validate(self):
+        return {"spread": float(self.networks["g"](torch.randn(32, 2)).std())}
+
+
+def batches(step, rng):
+    return torch.randn(16, 2, generator=rng) + 3
+
+
+def state(task):
+    "Every tensor that a training leaves behind, by name."
+    found = {f"{n}/{k}": v for n, net in task.networks.items() for k, v in net.state_dict().items()}
+    for name, optimizer in task.optimizers.items():
+        for i, values in optimizer.state_dict()["state"].items():
+            found |= {f"{name}/{i}/{k}": v for k, v in values.items() if torch.is_tensor(v)}
+    return found
+
+
+def assert_same(a, b):
+    a, b = state(a), state(b)
+    assert a.keys() == b.keys() and len(a) > 20
+    for key in a: assert torch.equal(a[key], b[key]), key
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+def slope(f, x, eps=1e-6):
+    "Central finite difference of a scalar function of a float64 tensor, element by element."
+    out = torch.zeros_like(x)
+    for i in range(x.numel()):
+        step = torch.zeros_like(x); step.view(-1)[i] = eps
+        out.view(-1)[i] = (f(x + step) - f(x - step)) / (2 * eps)
+    return out
+
+
+@pytest.mark.parametrize("loss", [minimax_g_loss, nonsaturating_g_loss, lsgan_g_loss,
+                                  lambda s: bce_d_loss(s, s + 1), lambda s: lsgan_d_loss(s, 2 * s, real=0., fake=1.)])
+def test_gradients_match_finite_differences(loss):
+    x = torch.linspace(-6, 6, 13, dtype=torch.float64).view(13, 1).requires_grad_()
+    gradient, = torch.autograd.grad(loss(x), x)
+    assert torch.allclose(gradient, slope(loss, x.detach()), atol=1e-8)
+
+
+def test_bce_losses_match_torch():
+    real, fake = torch.randn(7, 1, 2, 2, 2), torch.randn(5, 1, 2, 2, 2)
+    bce, one, zero = F.binary_cross_entropy_with_logits, torch.ones_like, torch.zeros_like
+    assert torch.allclose(bce_d_loss(real, fake), bce(real, one(real)) + bce(fake, zero(fake)))
+    assert torch.allclose(nonsaturating_g_loss(fake), bce(fake, one(fake)))
+    assert torch.allclose(minimax_g_loss(fake), -bce(fake, zero(fake)))
+
+
+def test_losses_are_finite_for_huge_logits():
+    s = torch.tensor([-1e4, 1e4])
+    for value in (bce_d_loss(s, s), minimax_g_loss(s), nonsaturating_g_loss(s)): assert torch.isfinite(value)
+
+
+def test_saturation():
+    s = torch.tensor([-8.], requires_grad=True)  # the discriminator is sure that this sample is generated
+    weak, = torch.autograd.grad(minimax_g_loss(s), s)
+    strong, = torch.autograd.grad(nonsaturating_g_loss(s), s)
+    assert abs(weak) < 1e-3 < .99 < abs(strong) and weak < 0 and strong < 0
+
+
+def test_least_squares_labels_are_only_names():
+    real, fake = torch.randn(9), torch.randn(9)
+    assert torch.allclose(lsgan_d_loss(real, fake), lsgan_d_loss(1 - real, 1 - fake, real=0., fake=1.))
+    assert torch.allclose(lsgan_g_loss(fake), lsgan_g_loss(1 - fake, real=0.))
+    assert lsgan_d_loss(torch.ones(3), torch.zeros(3)) == 0 and lsgan_g_loss(torch.zeros(3)) == 1
+
+
+def test_pairs():
+    assert minimax_losses.d is bce_d_loss and nonsaturating_losses.d is bce_d_loss and lsgan_losses.d is lsgan_d_loss
+    assert minimax_losses.g is minimax_g_loss and nonsaturating_losses.g is nonsaturating_g_loss and lsgan_losses.g is lsgan_g_loss
+
+
+def test_frozen_passes_gradients_but_collects_none():
+    net, x = mlp(2, 1), torch.randn(4, 2, requires_grad=True)
+    net[0].bias.requires_grad_(False)
+    with pytest.raises(RuntimeError), frozen(net) as judge:
+        judge(x).sum().backward()
+        raise RuntimeError
+    assert x.grad.abs().sum() > 0 and all(p.grad is None for p in net.parameters())
+    assert not net[0].bias.requires_grad and net[0].weight.requires_grad
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+def test_same_seed_same_run_and_global_random_numbers_are_left_alone():
+    torch.manual_seed(5); expected = torch.rand(3)
+    torch.manual_seed(5)
+    a, b, c = Toy(), Toy(), Toy()
+    rows = fit(a, batches, 12, seed=1, compute=FP32).rows
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(99)
+    assert fit(b, batches, 12, seed=1, compute=FP32).rows == rows
+    assert_same(a, b)
+    assert fit(c, batches, 12, seed=2, compute=FP32).rows != rows
+
+
+@pytest.mark.parametrize("compute", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stopped_at", [1, 13, 24])
+def test_resume_is_bit_identical(tmp_path, compute, stopped_at):
+    settings = dict(seed=3, compute=compute, log_every=3, validate_every=7)
+    whole, first = Toy(decay=True), Toy(decay=True)
+    second = Toy(seed=8 if stopped_at >= 6 else 0, decay=True)  # before the first checkpoint there is only the start to go back to
+    history = fit(whole, batches, 25, **settings)
+
+    def power_cut(step, task, history):
+        if step == stopped_at: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, batches, 25, out=tmp_path, checkpoint_every=6, callbacks=(power_cut,), **settings)
+    resumed = fit(second, batches, 25, out=tmp_path, checkpoint_every=6, **settings)
+    assert_same(whole, second)
+    assert resumed.rows == history.rows == History.load(tmp_path / "history.json").rows
+    settings = lambda task: [{k: v for k, v in o.param_groups[0].items() if k != "params"} for o in task.optimizers.values()]
+    assert settings(whole) == settings(second)
+
+
+def test_finished_training_is_not_repeated_and_can_be_lengthened(tmp_path):
+    a, b = Toy(), Toy()
+    fit(a, batches, 20, compute=FP32, validate_every=50)
+    fit(b, batches, 10, out=tmp_path, compute=FP32, validate_every=50)
+    before = state(copy.deepcopy(b))
+    assert len(fit(b, None, 10, out=tmp_path, compute=FP32)) == 10  # `batches` is never called
+    assert all(torch.equal(before[k], v) for k, v in state(b).items())
+    fit(b, batches, 20, out=tmp_path, compute=FP32, validate_every=50)
+    assert_same(a, b)
+
+
+KILLED = """
+import sys, time, logging
+sys.path.insert(0, {here!r})
+from test_gan import FP32, Toy, batches
+from mits_nb.gan import fit
+def slow(step, task, history):
+    if step > 9: time.sleep(.02)
+fit(Toy(), batches, 2000, seed=3, out={out!r}, checkpoint_every=1, callbacks=(slow,), compute=FP32, progress=False)
+"""
+
+
+def test_resume_after_kill_9(tmp_path):
+    script = KILLED.format(here=str(Path(__file__).parent), out=str(tmp_path))
+    child = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.time() + 60
+    while not (found := checkpoints(tmp_path)) or found[-1].name < "step-00000012":
+        assert child.poll() is None and time.time() < deadline
+        time.sleep(.003)
+    child.send_signal(signal.SIGKILL); child.wait()
+    steps = int(checkpoints(tmp_path)[-1].name[5:]) + 9
+    whole, resumed = Toy(), Toy(seed=8)
+    history = fit(whole, batches, steps, seed=3, compute=FP32, validate_every=10**6)
+    assert fit(resumed, batches, steps, seed=3, out=tmp_path, compute=FP32, validate_every=10**6).rows == history.rows
+    assert_same(whole, resumed)
+
+
+def test_checkpoints_keep_two_and_hold_no_pickle(tmp_path):
+    fit(Toy(), batches, 10, out=tmp_path, checkpoint_every=3, compute=FP32)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert files == [f"checkpoints/step-{n:08d}/{f}" for n in (9, 10) for f in ("state.json", "tensors.safetensors")] + ["history.json"]
+
+
+def cut(path): path.write_bytes(path.read_bytes()[:-100])
+def flip(path):
+    data = bytearray(path.read_bytes()); data[-5] ^= 1; path.write_bytes(data)
+def empty(path): path.write_bytes(b"")
+def remove(path): path.unlink()
+
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+@pytest.mark.parametrize("file, damage", [(TENSORS, cut), (TENSORS, flip), (TENSORS, remove), (STATE, cut), (STATE, empty), (STATE, remove)])
+def test_damaged_checkpoint_falls_back(tmp_path, caplog, damage, file):
+    whole, first, second = Toy(), Toy(), Toy(seed=8)
+    fit(whole, batches, 12, compute=FP32)
+    fit(first, batches, 10, out=tmp_path, checkpoint_every=5, compute=FP32, validate_every=100)
+    damage(checkpoints(tmp_path)[-1] / file)
+    seen = []
+    with caplog.at_level(logging.WARNING):
+        fit(second, batches, 12, out=tmp_path, compute=FP32, callbacks=(lambda step, *_: seen.append(step),))
+    assert seen[0] == 6 and "step-00000010" in caplog.text and "trying the checkpoint before it" in caplog.text
+    assert_same(whole, second)
+
+
+def test_no_readable_checkpoint(tmp_path):
+    fit(Toy(), batches, 4, out=tmp_path, checkpoint_every=2, compute=FP32)
+    for folder in checkpoints(tmp_path): cut(folder / "tensors.safetensors")
+    with pytest.raises(TrainError, match="none of the 2 checkpoints"): fit(Toy(), batches, 6, out=tmp_path, compute=FP32)
+    with pytest.raises(DataError, match="checksum"): read_checkpoint(checkpoints(tmp_path)[0])
+    assert len(fit(Toy(), batches, 6, out=tmp_path, resume=False, compute=FP32)) == 6
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000006"]
+
+
+def test_mismatches_say_what_differs_and_change_nothing(tmp_path):
+    fit(Toy(), batches, 4, out=tmp_path, compute=FP32)
+    with pytest.raises(TrainError, match="seed 0, this one has seed 1"): fit(Toy(), batches, 4, seed=1, out=tmp_path, compute=FP32)
+    with pytest.raises(TrainError, match="4 steps, more than the 3"): fit(Toy(), batches, 3, out=tmp_path, compute=FP32)
+    wide = Toy(width=8)
+    before = copy.deepcopy(wide.networks["g"].state_dict())
+    with pytest.raises(WeightsError, match=r"shape \(16, 2\) there and \(8, 2\) here"): fit(wide, batches, 8, out=tmp_path, compute=FP32)
+    assert all(torch.equal(before[k], v) for k, v in wide.networks["g"].state_dict().items())
+    other = Toy(); other.networks["judge"] = other.networks.pop("d")
+    with pytest.raises(WeightsError, match=r"networks \['d', 'g'\]"): fit(other, batches, 8, out=tmp_path, compute=FP32)
+    other = Toy(); other.networks["g"] = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(WeightsError, match="network 'g' differs"): fit(other, batches, 8, out=tmp_path, compute=FP32)
+    other = Toy(); other.optimizers["d"] = torch.optim.SGD(list(other.networks["d"].parameters())[:2], .1)
+    with pytest.raises(WeightsError, match="optimiser 'd'"): fit(other, batches, 8, out=tmp_path, compute=FP32)
+    other = Toy(); del other.optimizers["d"]
+    with pytest.raises(WeightsError, match="optimisers"): fit(other, batches, 8, out=tmp_path, compute=FP32)
+
+
+def test_networks_come_back_plain_also_after_an_error():
+    task = Toy()
+    task.frozen["fixed"] = mlp(2, 2)
+    nets = dict(task.networks) | task.frozen
+
+    class Broken(Exception): pass
+    def stop_here(step, t, history):
+        inside = t.networks["g"](torch.randn(4, 2)), t.frozen["fixed"](torch.randn(4, 2))
+        assert all(x.dtype == torch.float32 for x in inside)  # outputs and therefore losses are float32
+        assert "forward" in t.networks["g"].__dict__  # lent to Accelerate
+        if step == 2: raise Broken
+    with pytest.raises(Broken): fit(task, batches, 5, compute=BF16, callbacks=(stop_here,))
+    for name, net in nets.items():
+        assert (task.networks | task.frozen)[name] is net
+        assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & net.__dict__.keys()
+        assert all(p.dtype == torch.float32 for p in net.parameters())
+    x = torch.randn(4, 2)
+    assert torch.equal(copy.deepcopy(nets["g"]).eval()(x), nets["g"].eval()(x))
+
+
+def test_bfloat16_computes_in_bfloat16_but_keeps_float32_weights():
+    seen = []
+    task = Toy()
+    for net in task.networks.values(): net[4].register_forward_hook(lambda m, i, o: seen.append((o.dtype, m.weight.dtype)))
+    fit(task, batches, 1, compute=BF16)
+    assert set(seen) >= {(torch.bfloat16, torch.float32)}
+    seen.clear()
+    fit(task, batches, 1, compute=FP32)  # precision changes between two calls of one process
+    assert set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_half_precision_weights_become_float32():
+    task = Toy()
+    task.networks["g"].to(torch.bfloat16)
+    fit(task, batches, 2, compute=FP32)
+    assert all(p.dtype == torch.float32 for p in task.networks["g"].parameters())
+
+
+def test_no_warnings_and_nothing_printed(tmp_path, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for compute in (FP32, BF16): fit(Toy(), batches, 5, out=tmp_path / compute.why.replace(" ", ""), checkpoint_every=2, compute=compute)
+    out, err = capfd.readouterr()
+    assert out == "" and err.strip() == ""
+
+
+def test_rows_validation_callbacks_and_every():
+    calls, thinned, modes = [], [], []
+
+    class Watched(Toy):
+        def validate(self):
+            modes.append((self.networks["g"].training, torch.is_grad_enabled()))
+            return {"v": 1.}
+    task = Watched()
+    task.networks["d"][1].eval()  # fit starts with everything in training mode
+    history = fit(task, batches, 11, log_every=4, validate_every=3, compute=FP32,
+                  callbacks=(lambda s, t, h: calls.append((s, t.step, len(h))), every(5, lambda s, t, h: thinned.append(s))))
+    assert [row["step"] for row in history.rows] == [3, 4, 6, 8, 9, 11]
+    assert [row["step"] for row in history.rows if "v" in row] == [3, 6, 9, 11] and modes == [(False, False)] * 4
+    assert history.names == ["d", "g", "v"] and len(history["v"]) == 4 and len(history["d"]) == 6
+    assert [c[:2] for c in calls] == [(s, s - 1) for s in range(1, 12)] and thinned == [5, 10]
+    assert task.networks["g"].training and task.networks["d"][1].training
+
+
+def test_validation_and_callbacks_do_not_disturb_training():
+    plain, watched = Toy(), Toy()
+    fit(plain, batches, 8, compute=FP32, validate_every=100)
+
+    def draw(step, task, history):
+        with task.evaluating(): task.networks["g"](torch.randn(64, 2))
+    fit(watched, batches, 8, compute=FP32, validate_every=1, callbacks=(draw,))
+    assert_same(plain, watched)
+
+
+def test_early_stop_and_its_resume(tmp_path):
+    stop = lambda history: len(history) >= 3
+    task = Toy()
+    history = fit(task, batches, 50, log_every=2, stop=stop, out=tmp_path, compute=FP32)
+    assert [row["step"] for row in history.rows] == [2, 4, 6] and checkpoints(tmp_path)[-1].name == "step-00000006"
+    assert fit(Toy(), None, 50, log_every=2, stop=stop, out=tmp_path, compute=FP32).rows == history.rows
+
+
+def test_batches_may_be_nested():
+    class Nested(Toy):
+        def update(self, batch, backward):
+            assert isinstance(batch, dict) and isinstance(batch["pair"], tuple)
+            return super().update(batch["pair"][1], backward)
+    fit(Nested(), lambda step, rng: {"pair": (step, batches(step, rng))}, 2, compute=FP32)
+
+
+def test_loss_that_is_not_finite(tmp_path):
+    class Bad(Toy):
+        def update(self, x, backward): return super().update(x, backward) | ({"g": torch.tensor(float("nan"))} if self.step == 7 else {})
+    with pytest.raises(TrainError, match="'g' is nan after step 8"): fit(Bad(), batches, 20, out=tmp_path, checkpoint_every=3, compute=FP32)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000003", "step-00000006"]
+    for p in checkpoints(tmp_path): read_checkpoint(p)
+
+
+def test_bad_arguments(tmp_path):
+    for bad in (dict(steps=-1), dict(steps=5, log_every=0)):
+        with pytest.raises(UsageError): fit(Toy(), batches, **bad, compute=FP32)
+    class Silent(Toy):
+        def update(self, x, backward): return {}
+    with pytest.raises(TrainError, match="no losses"): fit(Silent(), batches, 1, compute=FP32)
+    with pytest.raises(NotImplementedError): fit(Task({}, {}), batches, 1, compute=FP32)
+    (tmp_path / "file").write_text("")
+    class Untouched(Toy):
+        def update(self, x, backward): raise AssertionError("training began before the folder was tried")
+    with pytest.raises(OutputError): fit(Untouched(), batches, 1, out=tmp_path / "file" / "x", compute=FP32)
+    assert len(fit(Toy(), batches, 0, out=tmp_path / "none", compute=FP32)) == 0 and not checkpoints(tmp_path / "none")
+
+
+def test_disk_full_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    fit(Toy(), batches, 4, out=tmp_path, compute=FP32)
+    real = Path.write_bytes
+
+    def full(self, data):
+        if self.name == "tensors.safetensors":
+            real(self, data[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, data)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left"): fit(Toy(), batches, 8, out=tmp_path, compute=FP32)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    assert read_checkpoint(checkpoints(tmp_path)[0])[1]["step"] == 4
+
+
+# --- history -----------------------------------------------------------------------------------------------------
+
+def test_history_file_and_plot(tmp_path):
+    history = History([{"step": 1, "a": .5}, {"step": 2, "a": .25, "b": 1.}])
+    assert History.load(history.save(tmp_path / "h.json")) == history
+    figure = history.plot(title="t")
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
+    assert [len(ax.lines[-1].get_xdata()) for ax in history.plot(names=["a"], smooth=2).axes] == [1]
+    assert len(History().plot().axes) == 1
+    for text in ("{}", "[]", '{"rows": [{"a": 1}]}', '{"rows": [', '{"rows": 3}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(DataError): History.load(tmp_path / "bad.json")
+    with pytest.raises(DataError): History.load(tmp_path / "missing.json")
+    assert json.loads((tmp_path / "h.json").read_text())["rows"][0]["step"] == 1
