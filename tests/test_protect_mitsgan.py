@@ -1,0 +1,244 @@
+"""Edges and properties of mits_nb.protect.mitsgan."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mits_nb.attack.nets import n_trainable
+from mits_nb.attack.tamper import Equalizer, Tampering, tamper_tensor
+from mits_nb.core import TrainError, UsageError, WeightsError, torch_rng
+from mits_nb.protect.mitsgan import (MitsGAN, MitsganConfig, NoiseNet, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, cuboid_crop,
+                                     evaluate_protection, finish_slices, is_protected, lung_weight, middle_box, round_through, search_wave,
+                                     summarise_protection, train_mitsgan)
+
+
+class ToyAttacker:
+    "The pipeline of chapter 8 around two small frozen networks."
+
+    def __init__(self):
+        generator, nets = torch_rng(0, "toy attacker"), []
+        for _ in range(2):
+            net = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 4, stride=4), torch.nn.LeakyReLU(0.2), torch.nn.ConvTranspose3d(2, 1, 16, stride=4, padding=6), torch.nn.Tanh())
+            for p in net.parameters():
+                p.data = torch.randn(p.shape, generator=generator) * 0.1
+                p.requires_grad_(False)
+            nets.append(net)
+        self.injector, self.remover = nets
+        self.settings, self.equalizer = Tampering(), Equalizer().fit(-850 + 60 * torch.randn(5000, generator=generator))
+
+    def tamper_tensor(self, hu, at, spacing, action, noise=None):
+        return tamper_tensor(hu, at, spacing, self.injector if action == "inject" else self.remover, self.settings, self.equalizer, noise, action)
+
+
+@pytest.fixture(scope="module")
+def protector():
+    torch.manual_seed(0)
+    net = Protector(8, "ours", blocks=1)
+    torch.nn.init.normal_(net.body[-2].weight, std=0.02)  # as after training: an answer that depends on the slice
+    return net.eval()
+
+
+SHORT = dict(width=8, blocks=1, steps=2, places=2, places_per_scan=8, d_width=4, periods_mm=(3.0,))
+
+
+def test_parameter_counts_of_the_published_networks():
+    assert n_trainable(NoiseNet()) == 62
+    assert n_trainable(Protector(64, "released")) == 223_295
+    assert n_trainable(Protector(64, "paper")) == 223_871
+    assert n_trainable(ProtectorDiscriminator(1, "released")) == 3_964
+    assert n_trainable(ProtectorDiscriminator(1, "paper")) == 3_966
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_published_networks_keep_the_shape_and_the_range(variant):
+    net = Protector(8, variant).eval()
+    hu = torch.linspace(-1000, 1000, 40 * 36).view(1, 1, 40, 36)
+    with torch.no_grad(): out = net(hu, torch.rand(1, 1, 40, 36))
+    assert out.shape == hu.shape and out.min() >= -1000.01 and out.max() <= 1000.01
+    constant = torch.full((1, 1, 8, 8), -1000.0)
+    assert torch.equal(net(constant, torch.rand(1, 1, 8, 8)), constant)
+
+
+def test_published_discriminator_answers_once_for_512_pixels():
+    assert ProtectorDiscriminator(1, "released").eval()(torch.zeros(1, 1, 512, 512)).shape == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("wrong", [dict(variant="theirs"), dict(noise="pink"), dict(strength_hu=0)])
+def test_bad_settings_are_named(wrong):
+    with pytest.raises(UsageError, match=str(list(wrong.values())[0])): Protector(8, **wrong)
+    if "variant" in wrong:
+        with pytest.raises(UsageError, match="theirs"): ProtectorDiscriminator(1, **wrong)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 47), (33, 4)])
+def test_ours_is_bounded_for_any_size(protector, size):
+    hu = -800 + 200 * torch.randn(2, 1, *size, generator=torch_rng(0))
+    with torch.no_grad(): out = protector(hu, torch.randn(2, 1, *size, generator=torch_rng(1)), (0.7, 0.7))
+    assert out.shape == hu.shape and 0 < (out - hu).abs().max() <= protector.strength_hu + 1e-3
+
+
+def test_rounding_is_straight_through():
+    x = torch.tensor([1.4, -2.6], requires_grad=True)
+    y = round_through(x)
+    assert y.tolist() == [1.0, -3.0]
+    y.sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0]
+
+
+def test_finish_keeps_padding_and_the_12_bit_range():
+    hu = torch.tensor([-3024.0, -2000.0, -1024.0, -1020.0, 3070.0, 4000.0])
+    out = finish_slices(hu + torch.tensor([9.0, 9.0, -30.0, -30.3, 30.0, 30.0]), hu)
+    assert out.tolist() == [-3024.0, -2000.0, -1024.0, -1024.0, 3071.0, 4000.0]
+
+
+def test_lung_weight_is_full_in_lung_and_low_elsewhere():
+    hu = torch.full((1, 1, 96, 96), 40.0)
+    hu[..., 48:] = -850
+    weight = lung_weight(hu)
+    assert weight.shape == hu.shape and weight[0, 0, 48, 90] == 1 and weight[0, 0, 48, 5] == pytest.approx(0.2)
+
+
+def test_protect_is_whole_hu_bounded_deterministic_and_pure(protector, phantom):
+    scan, mits = phantom[0], MitsGAN(protector, "test")
+    before = scan.hu.copy()
+    a, b, other = mits.protect(scan, seed=3), mits.protect(scan, seed=3, batch=7), mits.protect(scan, seed=4)
+    assert np.array_equal(scan.hu, before)
+    assert a.hu.dtype == scan.hu.dtype and a.shape == scan.shape and a.spacing == scan.spacing
+    assert np.array_equal(a.hu, b.hu), "the batch size must not matter"
+    assert not np.array_equal(a.hu, other.hu), "another seed, another protection"
+    change = np.abs(a.hu.astype(int) - scan.hu)
+    assert 0 < change.max() <= protector.strength_hu + 0.5
+    assert all((change[k] > 0).any() for k in range(len(change))), "every slice is protected"
+    assert a.history[-1] == {"kind": "protected", "by": "test", "seed": 3, "strength_hu": protector.strength_hu}
+
+
+def test_protect_leaves_padding_and_works_on_odd_and_float_scans(protector, phantom):
+    scan = phantom[0]
+    hu = scan.hu[:2, :51, :45].astype(np.float32) + 0.25
+    hu[:, :5] = -2048
+    out = MitsGAN(protector).protect(replace(scan, hu=hu))
+    assert out.hu.dtype == np.float32 and (out.hu[:, :5] == -2048).all()
+    rest = out.hu[:, 5:]
+    assert np.array_equal(rest, np.round(rest)) and rest.min() >= -1024
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_published_variants_protect_too(variant, phantom):
+    scan = phantom[0]
+    out = MitsGAN(Protector(4, variant)).protect(replace(scan, hu=scan.hu[:2]))
+    assert out.hu.shape == (2, *scan.shape[1:]) and "strength_hu" not in out.history[-1]
+
+
+def test_protecting_twice_is_refused_unless_asked(protector, phantom):
+    mits = MitsGAN(protector)
+    once = mits.protect(phantom[0])
+    assert is_protected(once) and not is_protected(phantom[0])
+    with pytest.raises(UsageError, match="protected already"): mits.protect(once)
+    assert len(mits.protect(once, again=True).history) == 2
+
+
+def test_weights_survive_the_disk(protector, phantom, tmp_path):
+    mits = MitsGAN(protector)
+    mits.save_pretrained(tmp_path / "w", card="# card\n")
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["card.md", "config.json", "model.safetensors"]
+    again = MitsGAN.from_pretrained(tmp_path / "w")
+    assert again.name == "w" and np.array_equal(again.protect(phantom[0]).hu, mits.protect(phantom[0]).hu)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other network", "no json"])
+def test_broken_weights_are_one_sentence(protector, tmp_path, damage):
+    folder = tmp_path / "w"
+    MitsGAN(protector).save_pretrained(folder)
+    if damage == "missing": (folder / "model.safetensors").unlink()
+    if damage == "truncated": (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
+    if damage == "other network": (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), "width": 16}))
+    if damage == "no json": (folder / "config.json").write_text("{")
+    with pytest.raises(WeightsError): MitsGAN.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("at", [(0, 0, 0), (10, 80, 80), (23, 159, 159)])
+def test_crop_holds_the_cuboid_and_stays_inside(at):
+    shape, spacing = (24, 160, 160), (2.5, 2.2, 2.2)
+    crop = cuboid_crop(at, spacing, shape, 5)
+    for a, s, n, d in zip(at, crop, shape, spacing):
+        assert 0 <= s.start < s.stop <= n
+        assert s.start <= max(0, a - 16 / d) and s.stop >= min(n, a + 16 / d)
+    assert [s.stop - s.start for s in crop] == [s.stop - s.start for s in cuboid_crop((12, 70, 70), spacing, shape, 5)], "one size for a batch"
+    box = middle_box(at, spacing, shape)
+    assert all(0 <= s.start < s.stop <= n for s, n in zip(box, shape))
+
+
+def test_batches_are_a_pure_function_of_step_and_generator(phantom):
+    config = MitsganConfig(**SHORT)
+    batches = PlaceBatches([phantom[0]], config, seed=1)
+    a, b = (batches(0, torch_rng(5)) for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert a["hu"].shape[0] == 2 and a["noise"].shape[1] == 1
+    inside = torch.tensor(a["hu"].shape[1:]) - 1
+    assert (a["at"] >= 0).all() and (a["at"] <= inside).all()
+
+
+def test_an_update_moves_both_networks_and_never_the_attacker(phantom):
+    attacker, config = ToyAttacker(), MitsganConfig(**SHORT)
+    torch.manual_seed(0)
+    task = ProtectTask(Protector(8, blocks=1), ProtectorDiscriminator(4, "ours"), attacker, config)
+    before = {name: [p.clone() for p in net.parameters()] for name, net in {**task.networks, **task.frozen}.items()}
+    losses = task.update(PlaceBatches([phantom[0]], config)(0, torch_rng(0)), lambda loss: loss.backward())
+    for name, net in task.networks.items(): assert any(not torch.equal(a, b) for a, b in zip(before[name], net.parameters())), name
+    for name, net in task.frozen.items(): assert all(torch.equal(a, b) for a, b in zip(before[name], net.parameters())), name
+    assert all(torch.isfinite(torch.as_tensor(v)) for v in losses.values())
+
+
+def test_the_gradient_passes_through_the_attacker(phantom):
+    attacker, config = ToyAttacker(), MitsganConfig(**SHORT)
+    task = ProtectTask(Protector(8, blocks=1), ProtectorDiscriminator(4, "ours"), attacker, config)
+    batch = PlaceBatches([phantom[0]], config)(0, torch_rng(0))
+    protected = task.protect(batch).detach().requires_grad_(True)
+    damage, _ = task.damage(batch["hu"], protected, batch["at"], tuple(batch["spacing"].tolist()), 0)
+    slope, = torch.autograd.grad(damage, protected)
+    boxes = torch.zeros(protected.shape, dtype=torch.bool)
+    for i, at in enumerate(batch["at"].tolist()): boxes[(i, *middle_box(at, tuple(batch["spacing"].tolist()), protected.shape[1:]))] = True
+    assert slope[~boxes].any(), "voxels outside the judged square matter only through the attacker"
+
+
+def test_search_keeps_the_wave_that_damages_most(phantom):
+    config = MitsganConfig(**{**SHORT, "periods_mm": (5.0, 9.0)})
+    task = ProtectTask(Protector(8, blocks=1), ProtectorDiscriminator(4, "ours"), ToyAttacker(), config)
+    rows = search_wave(task, PlaceBatches([phantom[0]], config), rounds=1)
+    assert len(rows) == 4 and rows[0]["damage_db"] == max(r["damage_db"] for r in rows)
+    assert task.networks["protector"].pattern.wave.abs().max().item() == pytest.approx(1 / rows[0]["period_mm"])
+
+
+@pytest.mark.parametrize("variant", ["ours", "released"])
+def test_training_writes_weights_that_load_and_repeats_itself(variant, phantom, tmp_path):
+    train = lambda out: train_mitsgan("tiny", out, ToyAttacker(), data=[phantom[0]], seed=2, variant=variant, **SHORT)
+    if variant == "released":  # its discriminator knows one size only
+        with pytest.raises((UsageError, RuntimeError)): train(None)
+        return
+    first, second = train(tmp_path / "a"), train(None)
+    assert all(torch.equal(a, b) for a, b in zip(first.protector.state_dict().values(), second.protector.state_dict().values()))
+    loaded = MitsGAN.from_pretrained(tmp_path / "a")
+    assert len(loaded.history) and "| steps | 2 |" in (tmp_path / "a" / "card.md").read_text()
+    assert np.array_equal(loaded.protect(phantom[0]).hu, first.protect(phantom[0]).hu)
+
+
+def test_training_without_scans_or_with_unknown_settings_says_so():
+    with pytest.raises(TrainError, match="no scans"): train_mitsgan("tiny", None, ToyAttacker(), data=[])
+    with pytest.raises(UsageError, match="tinny"): train_mitsgan("tinny", None, ToyAttacker(), data=[])
+    with pytest.raises(UsageError, match="widht"): train_mitsgan("tiny", None, ToyAttacker(), data=[], widht=3)
+
+
+def test_evaluation_of_no_protection_finds_no_loss(phantom):
+    places = np.array([[12, 80, 40], [11, 75, 120]])
+    rows = evaluate_protection(lambda scan: scan, ToyAttacker(), phantom[0], places)
+    assert len(rows) == 4 and all(row["lost_db"] == 0 and row["from_goal_hu"] == 0 for row in rows)
+    assert set(summarise_protection(rows)) == {"inject", "remove"}
+
+
+def test_shipped_weights_protect_a_phantom(phantom):
+    mits = MitsGAN.from_pretrained("mitsgan-tiny")
+    out = mits.protect(phantom[0])
+    change = np.abs(out.hu.astype(int) - phantom[0].hu)
+    assert 0 < change.max() <= mits.protector.strength_hu + 0.5 and out.history[-1]["by"] == "mitsgan-tiny"
