@@ -1,0 +1,278 @@
+"Second stage, regions, storage, training set, the shipped weights."
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mits_nb.core import DetectError, TrainError, WeightsError, from_preset
+from mits_nb.detect.cascade import (TRUSTED, Cascade, CascadeConfig, Source, enough_in_a_row, far_apart, fewer_components, find_regions, forge_round, glcm, load_svm,
+                                    patches_of, perturbed_scan, quantised, run_rule, slice_features, slice_truth, stored_types, train_svm)
+from mits_nb.detect.cnn import FORGED, PAIRED, Detector
+from mits_nb.detect.windows import grid_shape
+from mits_nb.scan import Scan
+
+
+def spot(y=40, x=70, shape=(121, 121), wide=30.):
+    yy, xx = np.mgrid[:shape[0], :shape[1]]
+    return np.exp(-((yy - y) ** 2 + (xx - x) ** 2) / wide).astype(np.float32)
+
+
+# --- co-occurrence ---
+
+@pytest.mark.parametrize("levels, shape", [(100, (2, 30, 40)), (8, (1, 121, 121)), (5, (3, 2, 2)), (4, (1, 1, 6))])
+def test_glcm_equals_scikit_image(levels, shape):
+    from skimage.feature import graycomatrix
+    grey = np.random.default_rng(0).integers(0, levels, shape)
+    ours = glcm(grey, levels)
+    for one, c in zip(grey, ours): assert (graycomatrix(one.astype(np.uint8), [1], np.deg2rad([0, 45, 90, 135]), levels=levels)[:, :, 0] == c).all()
+
+
+def test_glcm_counts_every_pair_once():
+    counts = glcm(np.zeros((2, 7, 9), int), 3)
+    assert counts[:, 0, 0].tolist() == [[7 * 8, 6 * 8, 6 * 9, 6 * 8]] * 2 and counts.sum() == 2 * (7 * 8 + 6 * 8 + 6 * 9 + 6 * 8)
+
+
+def test_glcm_refuses_levels_that_do_not_fit():
+    for bad in (np.full((1, 4, 4), 3), np.full((1, 4, 4), -1), np.zeros((4, 4), int)):
+        with pytest.raises(DetectError): glcm(bad, 3)
+
+
+def test_levels_cover_the_range():
+    assert quantised(np.array([0., .0099, .5, 1., 1.2, -.1])).tolist() == [0, 0, 49, 99, 99, 0]
+
+
+def test_features_ignore_the_place():
+    config = from_preset(CascadeConfig, "tiny")
+    a, b = (slice_features(spot(*at)[None], config) for at in ((40, 70), (70, 40)))
+    assert a.shape == (1, 32 * 32 * 4) and a.dtype == np.float32 and np.allclose(a, b, atol=.75)
+    assert slice_features(spot()[None], from_preset(CascadeConfig, "full")).shape == (1, 40000)
+    assert slice_features(spot()[None], from_preset(CascadeConfig, "tiny", use_glcm=False)).shape == (1, 121 * 121)
+
+
+# --- second stage ---
+
+def slices(n=40):
+    numbers = np.random.default_rng(1)
+    maps = np.array([np.clip(numbers.beta(.3, 12, (61, 61)) + (spot(30, 25, (61, 61)) if i % 2 else 0), 0, 1) for i in range(n)], np.float32)
+    return maps, np.arange(n) % 2 == 1, np.arange(n) // 2 % 5
+
+
+def test_second_stage_learns_and_is_calibrated():
+    config = from_preset(CascadeConfig, "tiny", components=6)
+    maps, truth, scan = slices()
+    svm, (a, b), found = train_svm(slice_features(maps, config), truth, scan, config)
+    assert a > 0 and found["balanced_accuracy"] > .95 and found["components"] == 6
+    p = 1 / (1 + np.exp(-(a * svm.decision_function(slice_features(maps, config)) + b)))
+    assert ((p > .5) == truth).all()
+
+
+def test_one_class_is_an_error():
+    config = from_preset(CascadeConfig, "tiny", components=4)
+    for truth in (np.zeros(20, bool), np.ones(20, bool)):
+        with pytest.raises(TrainError, match="one class"): train_svm(np.zeros((20, 8), np.float32), truth, np.arange(20), config)
+
+
+def test_too_few_samples_fall_back_and_say_so(caplog):
+    assert fewer_components(256, 1000, 4096) == 256
+    with caplog.at_level("WARNING", "mits_nb"): assert fewer_components(256, 100, 4096) == 79
+    assert "256 principal components asked for" in caplog.text and "using 79" in caplog.text
+
+
+# --- regions ---
+
+@pytest.mark.parametrize("dz, n, expected", [(.625, 300, (9, 10)), (1.25, 100, (9, 10)), (2.5, 48, (6, 7)), (5., 24, (3, 4)), (2.5, 1, (1, 1)), (20., 10, (1, 1)), (-2.5, 48, (6, 7))])
+def test_rule_adapts_to_the_slices(dz, n, expected): assert run_rule(dz, n) == expected
+
+
+def test_nine_of_ten():
+    def row(text): return np.array([c == "1" for c in text])
+    assert enough_in_a_row(row("0111101111100"), 9, 10) and enough_in_a_row(row("111111111"), 9, 10)
+    assert not enough_in_a_row(row("1111011110111"), 9, 10) and not enough_in_a_row(row("11111111"), 9, 10)
+
+
+def volume(slices, at=(40, 70), n=20):
+    maps = np.zeros((n, 121, 121), np.float32)
+    for z in slices: maps[z] = np.maximum(maps[z], spot(*at))
+    return maps
+
+
+def blank(n=20, dz=2.5, **kwargs): return Scan(np.zeros((n, 512, 512), np.int16), (dz, .7, .8), **kwargs)
+
+
+def test_a_region_has_the_right_centre_in_voxels_and_millimetres():
+    direction = np.diag([-1., -1., 1.])
+    scan = blank(origin=(100., 50., -300.), direction=direction)
+    region, = find_regions(volume(range(5, 12)), scan)
+    assert np.allclose(region["centre_voxel"], (8, 16 + 160, 16 + 280), atol=.1) and region["slices"] == list(range(5, 12))
+    assert np.allclose(region["centre_mm"], (100 - 296 * .8, 50 - 176 * .7, -300 + 8 * 2.5), atol=.1)
+    assert region["score"] == 1. and np.allclose(region["size_mm"][0], 7 * 2.5)
+
+
+def test_one_slice_may_miss_but_not_two():
+    assert len(find_regions(volume([3, 4, 5, 7, 8, 9]), blank())) == 1
+    assert find_regions(volume([3, 4, 6, 8, 9]), blank()) == []
+    assert find_regions(volume(range(5)), blank()) == []
+
+
+def test_lukewarm_regions_are_left_out():
+    warm = volume(range(3, 12)) * .8
+    assert len(find_regions(warm, blank(), .5, 0.)) == 1 and find_regions(warm, blank(), .5, .85) == []
+
+
+def test_two_places_are_two_regions_and_the_most_certain_comes_first():
+    maps = np.maximum(volume(range(2, 10)) * .8, volume(range(8, 16), at=(80, 30)))
+    regions = find_regions(maps, blank())
+    assert [r["slices"][0] for r in regions] == [8, 2] and regions[0]["score"] > regions[1]["score"]
+
+
+def test_one_slice_scans_and_thick_slices_have_regions_too():
+    assert len(find_regions(volume([0], n=1), blank(1))) == 1
+    assert len(find_regions(volume([3, 4, 5]), blank(dz=5.))) == 1
+
+
+# --- a small cascade of our own ---
+
+class Forger:
+    "Fills a cube with a constant: nothing is trained, everything is quick."
+    def tamper(self, scan, at, action="inject", seed=0):
+        from mits_nb.attack.tamper import tamper
+        return tamper(scan, at, lambda cond: torch.full_like(cond, .1 if action == "inject" else -.3), action, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    config = from_preset(CascadeConfig, "tiny", components=6)
+    maps, truth, scan = slices()
+    svm, calibration, _ = train_svm(slice_features(maps, config), truth, scan, config)
+    return Cascade(Detector(width=.125), svm, config, calibration, {"history": {"rows": [{"step": 1, "windows": .7}]}, "card": "# A card\n"})
+
+
+def test_a_cascade_goes_to_a_folder_and_back(small, tmp_path):
+    back = Cascade.from_pretrained(small.save_pretrained(tmp_path / "c"))
+    hu = np.random.default_rng(0).normal(-800, 60, (2, 64, 64)).astype(np.float32)
+    a, b = small.inspect(hu, False), back.inspect(hu, False)
+    assert np.allclose([s["probability"] for s in a.slices], [s["probability"] for s in b.slices], atol=1e-4) and np.array_equal(a.heatmap, b.heatmap)
+    assert back.record == small.record and back.config == small.config
+
+
+def test_report_is_json_and_complete(small, tmp_path):
+    scan = Scan(np.random.default_rng(0).normal(-800, 60, (3, 64, 72)).round().astype(np.int16), (2.5, .7, .7))
+    report = small.inspect(scan, False)
+    assert report.heatmap.shape == (3, *grid_shape((64, 72))) and [s["slice"] for s in report.slices] == [0, 1, 2]
+    assert all(isinstance(s["tampered"], bool) and 0 <= s["probability"] <= 1 for s in report.slices)
+    assert all(s["tampered"] == (s["probability"] >= .5) for s in report.slices)
+    assert json.loads(report.save(tmp_path / "r.json").read_text()) == report.to_dict() and report.windows_per_slice == (report.heatmap[0] > 0).sum()
+    assert small.inspect(scan, False).to_dict() == report.to_dict() # the same every time
+    assert len(small.inspect(scan.hu[0], False).slices) == 1
+
+
+def test_stages_of_two_cascades_are_refused(small, tmp_path):
+    a = small.save_pretrained(tmp_path / "a")
+    torch.manual_seed(5)
+    Detector(width=.125).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", a / "detector" / "model.safetensors")
+    with pytest.raises(WeightsError, match="does not belong"): Cascade.from_pretrained(a)
+
+
+def test_changed_or_missing_files_are_refused(small, tmp_path):
+    for i, name in enumerate(("svm.skops", "detector/model.safetensors", "config.json")):
+        folder = small.save_pretrained(tmp_path / str(i))
+        (folder / name).write_bytes(b"{}")
+        with pytest.raises(WeightsError): Cascade.from_pretrained(folder)
+        (folder / name).unlink()
+        with pytest.raises(WeightsError): Cascade.from_pretrained(folder)
+    with pytest.raises(WeightsError): Cascade.from_pretrained("cascade-of-nobody")
+
+
+def test_a_foreign_skops_file_runs_nothing(tmp_path):
+    import functools
+    import os
+    import skops.io
+    marker = tmp_path / "ran"
+    skops.io.dump(functools.partial(os.system, f"touch {marker}"), tmp_path / "bad.skops")
+    assert not stored_types(tmp_path / "bad.skops") <= TRUSTED
+    with pytest.raises(WeightsError, match="no second stage needs"): load_svm(tmp_path / "bad.skops")
+    assert not marker.exists()
+    skops.io.dump(np.zeros(3), tmp_path / "array.skops")
+    with pytest.raises(WeightsError, match="not a second stage"): load_svm(tmp_path / "array.skops")
+    (tmp_path / "noise.skops").write_bytes(b"PK but no zip")
+    with pytest.raises(WeightsError): load_svm(tmp_path / "noise.skops")
+
+
+def test_heatmaps_of_another_size_without_glcm_are_an_error(small):
+    other = Cascade(small.detector, small.svm, from_preset(CascadeConfig, "tiny", use_glcm=False))
+    with pytest.raises(DetectError, match="do not fit"): other.inspect(np.full((40, 40), -900, np.int16), False)
+
+
+# --- training set ---
+
+@pytest.fixture(scope="module")
+def source(phantom):
+    scan, nodules = phantom
+    return Source.of("phantom", scan, [n.centre_voxel for n in nodules])
+
+
+def test_truth_of_a_forged_scan(source):
+    forged = forge_round(source.scan, Forger(), 1, 3, source.mask, np.zeros((0, 3), int))
+    note, = [n for n in forged.history if n["kind"] == "forged"]
+    truth = slice_truth(forged)
+    changed = (forged.hu != source.scan.hu).any((1, 2))
+    assert truth[round(note["at"][0])] and truth.sum() == 9 and (changed | ~truth).all() and not slice_truth(source.scan).any()
+
+
+def test_places_of_a_round_do_not_touch(source):
+    forged = forge_round(source.scan, Forger(), 4, 1, source.mask, source.nodules)
+    places = np.array([n["at"] for n in forged.history if n["kind"] == "forged"])
+    assert {n["action"] for n in forged.history} == {"inject", "remove"} and len(places) >= 2
+    for i, a in enumerate(places):
+        for b in places[:i]: assert (abs(a - b) * source.scan.spacing).max() >= 34
+    assert len(far_apart(np.zeros((5, 3)), (1, 1, 1), 5)) == 1
+
+
+def test_patches_pair_forged_with_honest(source):
+    forged = forge_round(source.scan, Forger(), 2, 1, source.mask, source.nodules)
+    patches = patches_of(source.scan, forged, 3, 0, source.mask)
+    after, before = (patches.hu[patches.kind == k] for k in (FORGED, PAIRED))
+    assert len(after) == len(before) > 0 and all((a != b).any() for a, b in zip(after, before))
+    again = patches_of(source.scan, forged, 3, 0, source.mask)
+    assert np.array_equal(again.hu, patches.hu) and np.array_equal(again.kind, patches.kind)
+
+
+def test_perturbation_is_small_repeatable_and_spares_padding():
+    hu = np.full((3, 64, 64), -850, np.int16)
+    hu[:, :5] = -2048
+    scan = Scan(hu, (2.5, .7, .7))
+    a, b = perturbed_scan(scan, 4), perturbed_scan(scan, 4)
+    difference = a.hu.astype(int) - hu
+    assert np.array_equal(a.hu, b.hu) and a.hu.dtype == np.int16 and (difference[:, :5] == 0).all()
+    assert difference.any((1, 2)).all() and abs(difference).max() < 40 and not np.array_equal(difference[0], difference[1])
+    assert not np.array_equal(a.hu, perturbed_scan(scan, 5).hu)
+
+
+# --- the shipped weights ---
+
+def test_shipped_cascade_loads_and_is_small():
+    from mits_nb.core import weights_path
+    folder = weights_path("cascade-tiny")
+    cascade = Cascade.from_pretrained("cascade-tiny")
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 15e6
+    assert (folder / "detector" / "model.safetensors").stat().st_size <= 12e6 and stored_types(folder / "svm.skops") <= TRUSTED
+    assert cascade.record["history"]["rows"] and "Measured" in cascade.record["card"]
+
+
+def test_shipped_cascade_finds_an_injection_in_a_real_scan(data_dir):
+    from mits_nb.attack.ctgan import CTGAN
+    from mits_nb.metrics import roc_auc
+    from mits_nb.scan import read_scan
+    scan = read_scan(data_dir / "LIDC-IDRI-0003.mha")
+    part = replace(scan, hu=scan.hu[10:26], source=None)
+    source, cascade = Source.of("part", part, []), Cascade.from_pretrained("cascade-tiny")
+    forged = forge_round(part, CTGAN.from_pretrained("ctgan-tiny"), 2, 0, source.mask, source.nodules)
+    truth = slice_truth(forged)
+    before, after = (cascade.inspect(s.hu[truth], False) for s in (part, forged))
+    p = [s["probability"] for r in (before, after) for s in r.slices]
+    assert roc_auc(p, [False] * truth.sum() + [True] * truth.sum()) > .8
