@@ -46,7 +46,7 @@ sync: $(DEV)
 	$(BIN)/nbdev_export
 
 run: $(DEV)
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/$(NB).ipynb
+	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 --ExecutePreprocessor.store_widget_state=False nbs/$(NB).ipynb
 	$(BIN)/nbdev_clean --fname nbs/$(NB).ipynb
 
 readme: $(DEV)

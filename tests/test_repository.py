@@ -49,7 +49,7 @@ def test_chapter_form(path):
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
     assert len(re.findall(r"^# \S", prose, flags=re.M)) == 1, "exactly one title"
     assert re.search(r"^> \S", text, flags=re.M), "a subtitle"
-    for part in ("**Where you are.**", "## Pitfalls", "## Questionnaire", "## Exercises", "## Further reading"):
+    for part in ("Where you are", "## Pitfalls", "## Questionnaire", "## Exercises", "## Further reading"):
         assert part in text, f"missing: {part}"
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert any(cell["outputs"] for cell in code), "chapters are committed executed"

@@ -11,6 +11,7 @@ import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+REPOSITORY = "https://github.com/mits-nb/mits_nb/blob/main/"
 PARTS = [("Foundations", range(0, 7)), ("The attacker", range(7, 10)), ("The protector", range(10, 14)),
          ("The detector", range(14, 19)), ("Evidence and tools", range(19, 99))]
 
@@ -41,6 +42,15 @@ def definitions(notebook) -> dict[str, str]:
     return found
 
 
+def without_lessons(original: Path):
+    "A chapter in which nbdev runs only what it needs for the API tables, the exported cells: lessons keep the outputs that they have."
+    notebook = nbformat.read(original, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and not re.search(r"^#\|\s*(export|default_exp|hide)", cell.source, flags=re.M):
+            cell.source = "#| eval: false\n" + cell.source
+    return notebook
+
+
 def page(processed: Path, original: Path):
     "A chapter as a page: the title back in place, the source of every definition, and its API table folded below it."
     notebook, sources = nbformat.read(processed, as_version=4), definitions(nbformat.read(original, as_version=4))
@@ -65,6 +75,8 @@ def page(processed: Path, original: Path):
             fold = ["```{admonition} Arguments of `" + name + "`", ":class: dropdown", "", *rows, "```"]
             cell = nbformat.v4.new_markdown_cell("\n".join(fold))
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\(\.\./", f"]({REPOSITORY}", cell.source)
         if cell.source.strip():
             cells.append(cell)
     notebook.cells = cells
@@ -78,7 +90,12 @@ def process(target: Path) -> list[str]:
     allow_lazy_annotations()
     warnings.filterwarnings("ignore", message="Found cells containing imports and other code")
     names = []
-    for source in sorted(proc_nbs(n_workers=0, force=True).glob("*.ipynb")):
+    with tempfile.TemporaryDirectory() as folder:
+        copies = Path(folder)
+        for original in (ROOT / "nbs").glob("*.ipynb"):
+            nbformat.write(without_lessons(original), copies / original.name)
+        processed = proc_nbs(path=str(copies), n_workers=0, force=True)
+    for source in sorted(processed.glob("*.ipynb")):
         nbformat.write(page(source, ROOT / "nbs" / source.name), target / source.name)
         names.append(source.stem)
     return names
@@ -95,7 +112,7 @@ def contents(names: list[str]) -> str:
 
 
 def main() -> int:
-    work, pages, site = ROOT / "_proc", ROOT / "_proc" / "site", ROOT / "_docs"
+    work, pages, site = ROOT / "_proc", ROOT / "_proc" / "site", ROOT / "_docs" / "html"
     for folder in (work, site):
         shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
