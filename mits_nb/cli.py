@@ -580,6 +580,7 @@ def mits_train(
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="size of network, data and training (default: %(default)s)")
     parser.add_argument("--out", help="folder for the weights (default: outputs/weights/NAME)")
     parser.add_argument("--attacker", help="weights to train against, for protect and detect (default: ctgan-PRESET)")
+    parser.add_argument("--protector", help="weights whose honest output the detector must not take for a forgery (default: mitsgan-PRESET)")
     parser.add_argument("--data", help="folder of real scans to train on besides phantoms (default: the variable MITS_DATA)")
     parser.add_argument("--seed", type=int, default=0)
     return guarded(lambda: run_train(parser.parse_args(argv)))
@@ -605,6 +606,7 @@ def run_train(
             train_mitsgan(attacker=attacker, **common)
         else:
             from mits_nb.detect.cascade import train_cascade
-            train_cascade(attacker=attacker, **common)
+            from mits_nb.protect.mitsgan import MitsGAN
+            train_cascade(attacker=attacker, protector=MitsGAN.from_pretrained(args.protector or f"mitsgan-{args.preset}"), **common)
     print(f"weights in {out}")
     return out

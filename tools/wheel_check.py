@@ -22,7 +22,7 @@ from mits_nb.core import weights_path
 for name in ("ctgan-tiny", "mitsgan-tiny", "cascade-tiny"): weights_path(name, "card.md")
 from mits_nb.data import load_manifest
 load_manifest("luna16")
-for command in ("mits_demo", "mits_train"):
+for command in ("mits_demo", "mits_train", "mits_data"):
     subprocess.run([str(Path(sys.executable).parent / command), "--help"], check=True, stdout=subprocess.DEVNULL)
 print(f"wheel check: {len(modules)} modules import, commands answer, weights and manifests are inside")
 """
