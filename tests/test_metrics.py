@@ -398,6 +398,17 @@ def test_lpips_gradient_is_finite_on_constant_images(backbone):
         assert torch.isfinite(x.grad).all()
 
 
+def test_unit_features_equal_the_package_and_have_a_gradient_at_zero():
+    import torch
+    features = torch.randn(2, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    features[0, :, 1, 1] = 0
+    features.requires_grad_(True)
+    unit = metrics._unit(features)
+    assert torch.equal(unit.detach(), features.detach() / (features.detach().square().sum(1, keepdim=True).sqrt() + 1e-10))
+    unit.square().sum().backward()  # the package's own formula gives NaN here
+    assert torch.isfinite(features.grad).all() and not features.grad[0, :, 1, 1].any()
+
+
 def test_lpips_trains_after_a_first_call_in_inference_mode(pair, backbone):
     import torch
     metrics._lpips_net.cache_clear()
@@ -746,7 +757,7 @@ def test_bootstrap_bad_input(patients, arrays, options):
 
 # ---------------------------------------------------------------- properties
 hu = st.integers(-2048, 3071)
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=40, deadline=None)
 shapes = hnp.array_shapes(min_dims=2, max_dims=3, min_side=3, max_side=9)
 
 
