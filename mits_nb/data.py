@@ -6,10 +6,10 @@
 __all__ = ['log', 'SUMS', 'IMPORTERS', 'IMPORTED', 'FIELDS', 'SHARES', 'DEVELOPMENT', 'COPIES_EDGE', 'manifest_folders',
            'manifest_names', 'load_manifest', 'list_manifests', 'describe', 'cache_folder', 'file_entries', 'fetch',
            'fetch_idc', 'write_phantoms', 'download', 'match_layout', 'DataSet', 'recognise', 'open_dataset',
-           'import_folder', 'dataset_folder', 'Check', 'verify', 'Finding', 'write_findings', 'Slices', 'lidc_findings',
-           'read_findings', 'patient_of', 'split_of', 'split', 'data_folder', 'development_scans', 'lung_mask',
-           'lung_places', 'Candidate', 'nodule_candidates', 'forgery_places', 'isotropic_cube', 'copy_names',
-           'augmented_copies', 'CubeSource', 'cube_stream', 'cube_dataset']
+           'import_folder', 'dataset_folder', 'Check', 'verify', 'inventory', 'verdict', 'Finding', 'write_findings',
+           'Slices', 'lidc_findings', 'read_findings', 'patient_of', 'split_of', 'split', 'data_folder',
+           'development_scans', 'lung_mask', 'lung_places', 'Candidate', 'nodule_candidates', 'forgery_places',
+           'isotropic_cube', 'copy_names', 'augmented_copies', 'CubeSource', 'cube_stream', 'cube_dataset']
 
 # %% ../nbs/03_data.ipynb #f3acc64e
 import csv, logging, math, os, re, shutil, time
@@ -42,6 +42,16 @@ def _plain_name(
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 # %% ../nbs/03_data.ipynb #fb8e18b2
+def _schema_errors(
+    manifest: dict, # Any manifest
+) -> list: # `jsonschema.ValidationError`s, the innermost ones
+    "What `data_manifests/schema.json` says against a manifest; nothing where all is well."
+    import jsonschema
+    schema = read_json(next(folder / "schema.json" for folder in manifest_folders() if (folder / "schema.json").is_file()))
+    def leaves(error): return [leaf for inner in error.context for leaf in leaves(inner)] if error.context else [error]
+    return [leaf for error in jsonschema.Draft202012Validator(schema).iter_errors(manifest) for leaf in leaves(error)]
+
+# %% ../nbs/03_data.ipynb #73aa6980
 def load_manifest(
     name: str, # Name of the data set, e.g. `"luna16"`, or path of a manifest of your own (`.json`)
 ) -> dict: # Title, licence, citation, access, files, layout, size, splits: see `data_manifests/schema.json`
@@ -50,6 +60,8 @@ def load_manifest(
         manifest = read_json(name)
         if not isinstance(manifest, dict) or not isinstance(manifest.get("access"), dict) or not {"kind", "how"} <= set(manifest["access"]) or not _plain_name(manifest.get("name")):
             raise DataError(f"{name} is not a manifest: it needs a plain name, and access with kind and how (see data_manifests/schema.json)")
+        if wrong := next((e for e in _schema_errors(manifest) if e.validator in ("type", "enum", "pattern", "additionalProperties")), None):  # a short manifest is fine, a wrong one is not
+            raise DataError(f"{name} is not a valid manifest at {wrong.json_path} ({wrong.message.splitlines()[0][:120]}): see data_manifests/schema.json")
         return manifest
     for folder in manifest_folders():
         if name in manifest_names() and (folder / f"{name}.json").is_file(): return read_json(folder / f"{name}.json")
@@ -150,7 +162,7 @@ class _Resume:
             self.bar.total, self.bar.n = limit, start
             with open(self.part, "r+b" if self.part.exists() else "wb") as file:
                 file.truncate(start); file.seek(start)
-                for block in reply.raw.stream(1 << 16, decode_content=False):
+                for block in reply.raw.stream(1 << 13, decode_content=False):  # small: what is not yet a block is lost when the line stalls
                     start += len(block)
                     if limit is not None and start > limit: raise DataError(f"the server sends more than the {limit:,} bytes it announced: stopped, try another time")
                     file.write(block)
@@ -247,15 +259,22 @@ def _offline() -> bool:
     return os.environ.get("MITS_OFFLINE", "") not in ("", "0")
 
 # %% ../nbs/03_data.ipynb #5dd9d610
+def _notes(
+    path: Path, # A small JSON file of our own
+) -> dict[str, str]: # Empty where it is absent or damaged: it only saves asking again
+    "Read a table of words."
+    try: found = read_json(path) if path.is_file() else {}
+    except DataError: found = {}
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+
+# %% ../nbs/03_data.ipynb #6fe1fe21
 def _sums(
     manifest: dict, # From `load_manifest`
     folder: Path, # Where its files are kept
 ) -> dict[str, str]: # File name -> "sha256:..." or "md5:..."
     "Checksums that can be known without a network: the manifest's, and those that the archive gave with an earlier download."
     known = {e["name"]: _known(e) for e in manifest.get("files", []) if e.get("sha256") or e.get("md5")}
-    try: noted = read_json(folder / SUMS) if manifest["access"]["kind"] == "zenodo" else {}
-    except DataError: noted = {}
-    return known | ({k: v for k, v in noted.items() if isinstance(v, str) and ":" in v} if isinstance(noted, dict) else {})
+    return known | ({k: v for k, v in _notes(folder / SUMS).items() if ":" in v} if manifest["access"]["kind"] == "zenodo" else {})
 
 # %% ../nbs/03_data.ipynb #1f9285e6
 def fetch(
@@ -359,6 +378,7 @@ def download(
     "Get parts of a data set, each in the way its manifest names. Raises `DataError`, which for data on request says whom to ask."
     manifest, wanted = load_manifest(name), [str(w) for w in wanted]
     kind, place = manifest["access"]["kind"], cache_folder(folder) / manifest["name"]
+    if kind == "archive" and not manifest["access"].get("collection"): kind = "ask"
     if kind == "ask": raise DataError(f"{manifest['name']} cannot be fetched by a program: {manifest['access']['how']}")
     if kind in ("direct", "zenodo"):
         names = [e["name"] for e in manifest.get("files", [])]
@@ -520,8 +540,7 @@ def import_folder(
 ) -> DataSet:
     "Recognise a folder as a data set and remember it, so that `open_dataset(name)` finds it. Nothing is copied. Raises `DataError`."
     found = open_dataset(name, folder)
-    known = read_json(cache_folder() / IMPORTED) if (cache_folder() / IMPORTED).is_file() else {}
-    write_json(cache_folder() / IMPORTED, known | {name: str(found.folder)})
+    write_json(cache_folder() / IMPORTED, _notes(cache_folder() / IMPORTED) | {name: str(found.folder)})
     return found
 
 # %% ../nbs/03_data.ipynb #01d55a14
@@ -530,8 +549,7 @@ def dataset_folder(
 ) -> Path: # Where it was imported from, else where `download` puts it
     "Find a data set on this machine. Raises `DataError` with the remedy."
     load_manifest(name)
-    known = read_json(cache_folder() / IMPORTED) if (cache_folder() / IMPORTED).is_file() else {}
-    for folder in (known.get(name), cache_folder() / name):
+    for folder in (_notes(cache_folder() / IMPORTED).get(name), cache_folder() / name):
         if folder and Path(folder).is_dir(): return Path(folder)
     raise DataError(f"{name} is not on this machine: `mits_data fetch {name}` gets it or says how it is had, `mits_data import {name} FOLDER` takes a folder that you have")
 
@@ -602,6 +620,25 @@ def verify(
             except MitsError as error: checks.append(Check(scan, "damaged", str(error)))
     if not checks: raise DataError(f"{folder} holds nothing that can be verified: no known file, no list of checksums, no data set" + ("" if deep else "; try --deep"))
     return checks
+
+# %% ../nbs/03_data.ipynb #a97569f6
+def inventory(
+    found: DataSet, # From `import_folder`
+) -> str: # Several lines of text
+    "What `mits_data import` prints: what is there and what is missing."
+    lines = [f"{found.name} in {found.folder}: {len(found.scans)} scans of {len(set(found.patients.values()))} patients, {len(found.tables)} tables"]
+    return "\n".join([*lines, *[f"missing   {line}" for line in found.missing]])
+
+# %% ../nbs/03_data.ipynb #2dbeac3f
+def verdict(
+    target: str | Path, # What was verified
+    checks: list[Check], # From `verify`
+) -> str: # Lines for what is not whole, and a sum
+    "What `mits_data verify` prints. Raises `DataError` where something is damaged."
+    bad = [c for c in checks if c.state == "damaged"]
+    if bad: raise DataError(f"{len(bad)} of {len(checks)} files in {target} are damaged, first {bad[0].file} ({bad[0].why}): fetch or copy them again")
+    good = sum(c.state == "ok" for c in checks)
+    return "\n".join([*[f"{c.state:8}  {c.file}: {c.why}" for c in checks if c.state != "ok"], f"{good} of {len(checks)} checks passed, nothing is damaged"])
 
 # %% ../nbs/03_data.ipynb #1671c2d9
 @dataclass(frozen=True)
