@@ -583,6 +583,7 @@ def mits_data(
     get.add_argument("name")
     get.add_argument("wanted", nargs="*", help="files, patient ids or seeds; none where there is only one file")
     get.add_argument("--out", help="folder (default: the cache of this user, or MITS_CACHE)")
+    get.add_argument("--unpack", action="store_true", help="unpack .zip files beside themselves")
     get.add_argument("--timeout", type=float, default=30, help="seconds without an answer (default: %(default)s)")
     get.add_argument("--tries", type=int, default=5, help="attempts in a row that bring nothing (default: %(default)s)")
     check = commands.add_parser("verify", help="checksums, sizes and completeness of what lies here")
@@ -603,7 +604,8 @@ def run_data(
     elif args.command == "info": print(data.describe(args.name))
     elif args.command == "fetch":
         if not args.timeout > 0 or args.tries < 1: raise UsageError("--timeout must be above 0 and --tries at least 1")
-        for path in data.download(args.name, args.wanted, args.out, timeout=args.timeout, tries=args.tries): print(path)
+        for path in data.download(args.name, args.wanted, args.out, timeout=args.timeout, tries=args.tries):
+            print(data.unpack(path) if args.unpack and path.suffix == ".zip" else path)
     elif args.command == "verify": print(data.verdict(args.target, data.verify(args.target, args.deep)))
     else: print(data.inventory(data.import_folder(args.name, args.folder)))
 

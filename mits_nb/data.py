@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['log', 'SUMS', 'IMPORTERS', 'IMPORTED', 'FIELDS', 'SHARES', 'DEVELOPMENT', 'COPIES_EDGE', 'manifest_folders',
            'manifest_names', 'load_manifest', 'list_manifests', 'describe', 'cache_folder', 'file_entries', 'fetch',
-           'fetch_idc', 'write_phantoms', 'download', 'match_layout', 'DataSet', 'recognise', 'open_dataset',
-           'import_folder', 'dataset_folder', 'Check', 'verify', 'inventory', 'verdict', 'Finding', 'write_findings',
-           'Slices', 'lidc_findings', 'read_findings', 'patient_of', 'split_of', 'split', 'data_folder',
+           'fetch_idc', 'write_phantoms', 'unpack', 'download', 'match_layout', 'DataSet', 'patient_of', 'recognise',
+           'open_dataset', 'import_folder', 'dataset_folder', 'Check', 'verify', 'inventory', 'verdict', 'Finding',
+           'write_findings', 'Slices', 'lidc_findings', 'read_findings', 'split_of', 'split', 'data_folder',
            'development_scans', 'lung_mask', 'lung_places', 'Candidate', 'nodule_candidates', 'forgery_places',
            'isotropic_cube', 'copy_names', 'augmented_copies', 'CubeSource', 'cube_stream', 'cube_dataset']
 
 # %% ../nbs/03_data.ipynb #f3acc64e
-import csv, logging, math, os, re, shutil, time
+import csv, logging, math, os, re, shutil, time, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Iterable, Iterator
 import numpy as np
-from .core import DataError, PlaceError, UsageError, atomic_write, progress, read_json, rng, write_json
+from .core import DataError, PlaceError, UsageError, atomic_dir, atomic_write, progress, read_json, rng, write_json
 
 # %% ../nbs/03_data.ipynb #ec4dce0b
 log = logging.getLogger("mits_nb")
@@ -368,6 +368,27 @@ def write_phantoms(
         table[f"phantom-{seed}"] = [Finding(f"phantom-{seed}", *map(float, n.centre_mm), float(n.diameter_mm), n.kind, "mits_nb phantom") for n in nodules]
     return [*files, write_findings(folder / "nodules.csv", [row for rows in table.values() for row in rows])]
 
+# %% ../nbs/03_data.ipynb #1d27601d
+def unpack(
+    archive: str | Path, # A .zip file
+    folder: str | Path | None = None, # Where its content shall lie; None for a folder beside it with its name
+) -> Path: # The folder, complete
+    "Unpack an archive beside itself, all or nothing. Raises `DataError` for a damaged archive, one that would write elsewhere, or a full disk."
+    import zipfile
+    archive = Path(archive)
+    folder = Path(folder) if folder is not None else archive.with_suffix("")
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            for name in packed.namelist():
+                if name.startswith(("/", "\\")) or ":" in name or ".." in PurePosixPath(name.replace("\\", "/")).parts: raise DataError(f"{archive} holds {name!r}, which would be written outside its folder: do not trust it")
+            _need_room(folder, sum(i.file_size for i in packed.infolist()), f"the content of {archive.name}")
+            with atomic_dir(folder) as temporary:
+                for item in progress(packed.infolist(), desc=f"unpacking {archive.name}"): packed.extract(item, temporary)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise DataError(f"{archive} cannot be unpacked ({str(error)[:100] or type(error).__name__}): fetch it again") from error
+    except FileNotFoundError as error: raise DataError(f"{archive} does not exist: fetch it first") from error
+    return folder
+
 # %% ../nbs/03_data.ipynb #defe3434
 def download(
     name: str, # Name of a manifest, or path of one
@@ -446,6 +467,14 @@ def _dicom_id(
     try: head = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Modality", "SeriesInstanceUID", "PatientID"])
     except Exception as error: raise DataError(f"{file} is not a readable DICOM file ({type(error).__name__}): fetch the series again") from error
     return None if head.get("Modality", "CT") != "CT" else (str(head.get("SeriesInstanceUID", folder.name)), str(head.get("PatientID", "")))
+
+# %% ../nbs/03_data.ipynb #19b4190e
+def patient_of(
+    scan_id: str, # Or a path that contains the patient's number
+) -> str: # Patient id; the scan id itself where it names no patient
+    "Whose scan is this? LIDC-IDRI numbers are recognised anywhere in the text."
+    hit = re.search(r"LIDC-IDRI-\d{4}(?!\d)", str(scan_id))
+    return hit[0] if hit else str(scan_id)
 
 # %% ../nbs/03_data.ipynb #5da3d32e
 def _luna16(folder: Path, found: dict) -> tuple[dict, dict, list]: # scans, patients, tables
@@ -892,14 +921,6 @@ def read_findings(
 
 # %% ../nbs/03_data.ipynb #3146fc01
 SHARES = {"train": 0.8, "test": 0.2}  # the MITS-GAN paper's 80/20; train 0.7, val 0.1, test 0.2 keeps the same test patients
-
-# %% ../nbs/03_data.ipynb #19b4190e
-def patient_of(
-    scan_id: str, # Or a path that contains the patient's number
-) -> str: # Patient id; the scan id itself where it names no patient
-    "Whose scan is this? LIDC-IDRI numbers are recognised anywhere in the text."
-    hit = re.search(r"LIDC-IDRI-\d{4}(?!\d)", str(scan_id))
-    return hit[0] if hit else str(scan_id)
 
 # %% ../nbs/03_data.ipynb #c86d3fdd
 def split_of(

@@ -447,6 +447,37 @@ def test_idc_is_not_installed(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"pip install 'mits_nb\[idc\]'"): data.download("lidc-idri", ["LIDC-IDRI-0001"], tmp_path)
 
 
+def zipped(path, **files):
+    import zipfile
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+        for name, content in files.items(): out.writestr(name, content)
+    return path
+
+
+def test_unpack(tmp_path):
+    archive = zipped(tmp_path / "subset0.zip", **{"subset0/a.mhd": "head", "subset0/a.raw": b"0" * 1000})
+    assert sorted(f.name for f in data.unpack(archive).rglob("*.*")) == ["a.mhd", "a.raw"]
+    assert data.match_layout(data.load_manifest("luna16"), data._paths_below(tmp_path))["subset[0-9]/*.mhd"] == ["subset0/subset0/a.mhd"]
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "..\\evil", "C:evil"])
+def test_unpack_writes_nowhere_else(tmp_path, name):
+    archive = zipped(tmp_path / "in" / "a.zip" if (tmp_path / "in").mkdir() is None else None, **{"good": "1", name: "2"})
+    with pytest.raises(DataError, match="outside its folder"): data.unpack(archive)
+    assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["a.zip"]
+
+
+def test_unpack_of_damaged_archives(tmp_path, monkeypatch):
+    good = zipped(tmp_path / "a.zip", a=bytes(range(256)) * 100).read_bytes()
+    for content in (b"", b"nonsense", good[:-30], good[:200] + b"xxxx" + good[204:]):
+        (tmp_path / "b.zip").write_bytes(content)
+        with pytest.raises(DataError, match="cannot be unpacked"): data.unpack(tmp_path / "b.zip")
+        assert not (tmp_path / "b").exists()
+    with pytest.raises(DataError, match="does not exist"): data.unpack(tmp_path / "c.zip")
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=20_010_000))
+    with pytest.raises(DataError, match="25.6 kB"): data.unpack(tmp_path / "a.zip")
+
+
 # ---------------------------------------------------------------- replicas of every data set's folder
 SPACING = (2.0, 0.8, 0.7)
 
@@ -824,6 +855,25 @@ def test_own_table_of_the_real_scans(data_dir):
         assert (6 / math.pi * (labels == value).sum() * np.prod(scan.spacing)) ** (1 / 3) == pytest.approx(row.diameter_mm, abs=0.05)
 
 
+def test_lidc_reading_beside_a_real_series(data_dir, tmp_path):
+    "The consensus of the real nodule, drawn again as an LIDC outline over the real slices, gives the place and size that the data's own table states."
+    from scipy import ndimage as ndi
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for file in (data_dir / "dicom" / "LIDC-IDRI-0001").glob("*.dcm"): (folder / file.name).symlink_to(file)
+    labels, (row,) = read_scan(data_dir / "LIDC-IDRI-0001_nodules.nii.gz"), [r for r in data.read_findings(data_dir / "nodules.csv") if r.scan_id == "LIDC-IDRI-0001"]
+    rois = []
+    for k in np.flatnonzero((labels.hu > 0).any((1, 2))):
+        inside = ndi.binary_fill_holes(labels.hu[k] > 0)
+        edge = np.argwhere(ndi.binary_dilation(inside, np.ones((3, 3))) & ~inside)
+        order = np.argsort(np.arctan2(*(edge - np.argwhere(inside).mean(0)).T))
+        points = "".join(f"<edgeMap><xCoord>{c}</xCoord><yCoord>{r}</yCoord></edgeMap>" for r, c in edge[order])
+        rois.append(f"<roi><imageZposition>{labels.voxel_to_world((k, 0, 0))[2]:.6f} </imageZposition><inclusion>TRUE</inclusion>{points}</roi>")
+    (folder / "069.xml").write_text(f"<LidcReadMessage xmlns='http://www.nih.gov'><readingSession><unblindedReadNodule>{''.join(rois)}</unblindedReadNodule></readingSession></LidcReadMessage>")
+    (found,) = data.read_findings(folder / "069.xml")
+    assert np.linalg.norm(np.subtract(found.centre, row.centre)) < 1.0 and found.diameter_mm == pytest.approx(row.diameter_mm, rel=0.05)
+
+
 # ---------------------------------------------------------------- splits
 ids = st.lists(st.builds("LIDC-IDRI-{:04d}".format, st.integers(0, 1100)) | st.text(min_size=1, max_size=8), max_size=40)
 shares = st.sampled_from([{"train": 0.8, "test": 0.2}, {"train": 0.7, "val": 0.1, "test": 0.2}, {"a": 1.0}, {"a": 0.0, "b": 1.0}, {"a": 0.5, "b": 0.5, "c": 0.0}])
@@ -1091,8 +1141,8 @@ def test_places_from_findings_in_millimetres_and_from_blobs(masked):
 
 def test_places_in_real_scans(data_dir):
     rows = data.read_findings(data_dir / "nodules.csv")
-    scan = read_scan(data_dir / "LIDC-IDRI-0003.mha")
-    mine, mask = [r for r in rows if r.scan_id == "LIDC-IDRI-0003"], data.lung_mask(scan)
+    scan, mask = real(data_dir / "LIDC-IDRI-0003.mha")
+    mine = [r for r in rows if r.scan_id == "LIDC-IDRI-0003"]
     (place,) = data.forgery_places(scan, "remove", 1, mine, mask=mask)
     assert np.linalg.norm((place - scan.world_to_voxel(mine[1].centre)) * scan.spacing) < 2  # the 9 mm nodule: the only one with room around it
     labels = read_scan(data_dir / "LIDC-IDRI-0003_nodules.nii.gz").hu
@@ -1209,10 +1259,17 @@ def test_dataset_for_torch():
 
 
 # ---------------------------------------------------------------- real scans
+@functools.lru_cache(maxsize=None)
+def real(path):
+    "A real scan and its lung mask, read once for all tests."
+    scan = read_scan(path)
+    return scan, data.lung_mask(scan)
+
+
 @pytest.mark.parametrize("name", ["LIDC-IDRI-0001", "LIDC-IDRI-0003"])
 def test_real_nodules_are_in_the_mask(data_dir, name):
-    scan = read_scan(data_dir / data.DEVELOPMENT[name])
-    labels, mask = read_scan(data_dir / f"{name}_nodules.nii.gz").hu, data.lung_mask(scan)
+    scan, mask = real(data_dir / data.DEVELOPMENT[name])
+    labels = read_scan(data_dir / f"{name}_nodules.nii.gz").hu
     for value in range(1, labels.max() + 1): assert mask[labels == value].mean() >= 0.98
     assert mask[labels > 0].mean() >= 0.98
 
@@ -1220,8 +1277,7 @@ def test_real_nodules_are_in_the_mask(data_dir, name):
 @pytest.mark.parametrize("name", list(data.DEVELOPMENT))
 def test_real_masks_hold_lung_and_nothing_outside(data_dir, name):
     from scipy import ndimage as ndi
-    scan = read_scan(data_dir / data.DEVELOPMENT[name])
-    mask = data.lung_mask(scan)
+    scan, mask = real(data_dir / data.DEVELOPMENT[name])
     litres = mask.sum() * np.prod(scan.spacing) / 1e6
     assert 1.2 < litres < 4 and -900 < np.median(scan.hu[mask]) < -800
     dense = scan.hu > -300  # the body by another road: large dense piece per slice, holes filled
@@ -1234,8 +1290,7 @@ def test_real_masks_hold_lung_and_nothing_outside(data_dir, name):
 
 
 def test_real_scan_mask_places_candidates(data_dir):
-    scan = read_scan(data_dir / "LIDC-IDRI-0003.mha")
-    mask = data.lung_mask(scan)
+    scan, mask = real(data_dir / "LIDC-IDRI-0003.mha")
     found = data.nodule_candidates(scan, n=3, mask=mask)
     for centre, diameter in (((30.7, 198.0, 307.6), 9.4), ((31.7, 219.3, 221.3), 13.1)):
         assert min(np.linalg.norm((np.array(c.at) - centre) * scan.spacing) for c in found) <= diameter / 2
