@@ -121,6 +121,16 @@ def _need_room(
     if free < size + 20e6: raise DataError(f"{what} needs {_amount(size)} and {folder} has {_amount(free)} free: make room, or choose another folder (MITS_CACHE)")
 
 # %% ../nbs/03_data.ipynb #5c6a6acd
+def _lock(
+    file, # An open file
+) -> None:
+    "Keep other processes away from a file until it is closed. Raises `DataError` when one is there already; does nothing where the system has no such locks."
+    try: import fcntl
+    except ImportError: return  # Windows: two downloads at once spoil each other, and the checksum says so
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error: raise DataError("another process is fetching it at this moment: wait for it") from error
+
+# %% ../nbs/03_data.ipynb #fe42c20c
 @dataclass
 class _Resume:
     "Downloader for pooch: writes to a partial file that outlives a cut connection, and goes on from there."
@@ -153,14 +163,14 @@ class _Resume:
         reply, start, total = self.ask(url, have)
         with reply:
             if start is None or start > have:  # an answer that does not fit: begin again
-                self.part.unlink(missing_ok=True)
+                os.truncate(self.part, 0)
                 return False
             if self.size is not None and total not in (None, self.size):
                 raise DataError(f"the server offers {total:,} bytes where {self.size:,} are expected: the file changed at the source, nothing was taken")
             limit = self.size if self.size is not None else total
             _need_room(self.part.parent, (limit or 0) - start, "the rest of the file" if start else "the file")
             self.bar.total, self.bar.n = limit, start
-            with open(self.part, "r+b" if self.part.exists() else "wb") as file:
+            with open(self.part, "r+b") as file:
                 file.truncate(start); file.seek(start)
                 for block in reply.raw.stream(1 << 13, decode_content=False):  # small: what is not yet a block is lost when the line stalls
                     start += len(block)
@@ -171,12 +181,22 @@ class _Resume:
         return True
 
     def __call__(self, url, output_file, pooch=None):
-        "Called by pooch with a temporary name in the same folder."
+        "Called by pooch with a temporary name in the same folder. Only one process at a time may write the partial file."
+        with open(self.part, "ab") as held:
+            _lock(held)
+            try:
+                self.work(url)
+                os.replace(self.part, output_file)
+            finally:
+                if self.part.exists() and not self.have(): self.part.unlink()
+
+    def work(self, url):
+        "Attempts until the partial file is complete. Raises `DataError` when they bring nothing any more."
         import requests, urllib3
         fruitless, before = 0, self.have()
         while fruitless < self.tries:
             try:
-                if self.attempt(url): return os.replace(self.part, output_file)
+                if self.attempt(url): return
                 why = "its answers do not fit"
             except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError, requests.exceptions.ChunkedEncodingError) as error: why = type(error).__name__
             except requests.HTTPError as error:
@@ -295,8 +315,8 @@ def fetch(
     folder = cache_folder(folder) / manifest["name"]
     sums = _sums(manifest, folder)
     try:
+        if file in sums and _hash_ok(folder / file, sums[file]): return folder / file
         if _offline():
-            if file in sums and _hash_ok(folder / file, sums[file]): return folder / file
             raise DataError(f"{folder} holds no good copy of {file}, and MITS_OFFLINE is set: unset it, or put the file there")
         entry = _file_entry(manifest, file, timeout)
         known = _known(entry)

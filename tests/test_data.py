@@ -282,6 +282,31 @@ def test_fetch_without_length(served):
     assert files_in(served.cache) == []
 
 
+def test_fetch_counts_on_its_bar(served, monkeypatch):
+    "The bar stands where the partial file ends, and arrives at the size of the file."
+    bars = []
+    class Bar:
+        def __init__(self, desc, total, **more): self.n, self.total, self.seen = 0, total, []; bars.append(self)
+        def __enter__(self): return self
+        def __exit__(self, *error): pass
+        def update(self, n): self.n += n; self.seen.append(self.n)
+    monkeypatch.setattr(data, "progress", lambda *a, **k: Bar(**k))
+    served.mode = "hangs up"
+    served.get()
+    (bar,) = bars
+    assert bar.n == bar.total == 102_400 and bar.seen == sorted(bar.seen)
+
+
+def test_fetch_by_two_processes(served):
+    fcntl = pytest.importorskip("fcntl")
+    part = served.cache / "local" / f".table.bin.{served.manifest['files'][0]['sha256'][:16]}.part"
+    part.parent.mkdir(parents=True)
+    with open(part, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="table.bin.*another process"): served.get()
+    assert served.get().read_bytes() == served.content
+
+
 def test_fetch_tries_again_after_a_server_error(served):
     served.mode = "error once"
     assert served.get().read_bytes() == served.content and len(served.ranges) == 2
