@@ -124,6 +124,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = file.read_bytes()
         if mode == "error": return self.reply(503, {"Content-Length": 0})
         if mode == "error once" and len(state.ranges) == 1: return self.reply(503, {"Content-Length": 0})
+        if mode == "hangs up, then another range" and asked: return self.reply(206, {"Content-Range": f"bytes {start + 7}-{len(body) - 1}/{len(body)}", "Content-Length": len(body) - start - 7}, body[start + 7:])
         if mode == "ignores range" or not asked: start, status, headers = 0, 200, {}
         elif mode == "other range": return self.reply(206, {"Content-Range": f"bytes {start + 7}-{len(body) - 1}/{len(body)}", "Content-Length": len(body) - start - 7}, body[start + 7:])
         elif mode == "earlier range": start, status, headers = start // 2, 206, {"Content-Range": f"bytes {start // 2}-{len(body) - 1}/{len(body)}"}
@@ -132,7 +133,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         else: status, headers = 206, {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
         rest = body[start:]
         if mode == "hangs up": return self.reply(status, headers | {"Content-Length": len(rest)}, rest[:state.portion])
-        if mode == "hangs up once" and len(state.ranges) == 1: return self.reply(status, headers | {"Content-Length": len(rest)}, rest[:state.portion])
+        if mode in ("hangs up once", "hangs up, then another range") and len(state.ranges) == 1: return self.reply(status, headers | {"Content-Length": len(rest)}, rest[:state.portion])
         if mode == "stalls": return self.reply(status, headers | {"Content-Length": len(rest)}, b"" if start else rest[:state.portion], wait=20)
         if mode == "ends early": return self.reply(status, headers | {"Content-Length": len(rest) - 100}, rest[:-100])
         if mode == "promises more": return self.reply(status, headers | {"Content-Length": len(rest) + 100}, rest)
@@ -232,6 +233,12 @@ def test_fetch_with_a_wrong_answer_to_a_range(served, mode):
     served.mode = mode
     assert served.get().read_bytes() == served.content
     assert served.ranges == ([50_000] if mode == "earlier range" else [50_000, 0])
+
+
+def test_fetch_never_joins_what_does_not_fit(served):
+    "The same fault within one call, where no second chance from zero would mend it."
+    served.mode = "hangs up, then another range"
+    assert served.get().read_bytes() == served.content and served.ranges == [0, 30_000, 0]
 
 
 @pytest.mark.parametrize("old", [b"y" * 50_000, b"y" * 102_400, b"y" * 200_000])
@@ -1145,6 +1152,14 @@ def test_injections_keep_clear_of_findings(known, seed):
     assert max(abs(a - b) * s for a, b, s in zip(*places, scan.spacing)) >= 36
 
 
+def test_injections_avoid_a_large_finding():
+    scan, mask = lung_block()
+    for seed in range(25):
+        (p,) = data.forgery_places(scan, "inject", 1, [((30, 80, 80), 30.0)], seed, mask)
+        offset = np.maximum(np.abs(np.array(p) - (30, 80, 80)) * scan.spacing - 16, 0)
+        assert np.linalg.norm(offset) >= 15
+
+
 def test_removal_takes_what_fits():
     scan, mask = lung_block()
     fits, wide, edge, near = ((30, 80, 80), 12.0), ((30, 30, 120), 25.0), ((30, 80, 5), 8.0), ((30, 80, 100), 9.0)
@@ -1234,8 +1249,10 @@ def test_copies_as_released():
 
 def test_copies_invent_nothing_from_46():
     "Everything outside the inscribed cylinder is marked; no mark may reach a copy."
-    y, x = np.mgrid[:46, :46] - 22.5
-    cube = np.where(np.hypot(y, x) > 23.9, 5000.0, 0.0)[None].repeat(46, 0).astype(np.float32)
+    n = data.COPIES_EDGE
+    assert n >= 32 * math.sqrt(2)
+    y, x = np.mgrid[:n, :n] - (n - 1) / 2
+    cube = np.where(np.hypot(y, x) > 23.9, 5000.0, 0.0)[None].repeat(n, 0).astype(np.float32)
     assert max(c.max() for name, c in data.augmented_copies(cube) if "turn" in name) == 0
 
 
