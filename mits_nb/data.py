@@ -131,6 +131,23 @@ def _lock(
     except BlockingIOError as error: raise DataError("another process is fetching it at this moment: wait for it") from error
 
 # %% ../nbs/03_data.ipynb #fe42c20c
+def _ask_from(
+    url: str, # Of a file
+    have: int, # Bytes that we have already
+    timeout: float, # Seconds without an answer
+): # -> (reply, first byte that it sends or None where that does not fit, size of the whole or None)
+    "Ask for everything from byte `have` on. Raises what requests raises."
+    import requests
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})  # identity: lengths must count the file's own bytes
+    reply = requests.get(url, headers=headers, stream=True, timeout=timeout)
+    if have and reply.status_code == 416: return reply, None, None
+    reply.raise_for_status()
+    said = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", reply.headers.get("Content-Range", "").strip())
+    if reply.status_code == 206: return (reply, int(said[1]), int(said[2]) if said[2] != "*" else None) if said else (reply, None, None)
+    length = reply.headers.get("Content-Length", "")
+    return reply, 0, int(length) if length.isdigit() else None
+
+# %% ../nbs/03_data.ipynb #c62ea0b6
 @dataclass
 class _Resume:
     "Downloader for pooch: writes to a partial file that outlives a cut connection, and goes on from there."
@@ -143,24 +160,12 @@ class _Resume:
 
     def have(self) -> int: return self.part.stat().st_size if self.part.exists() else 0
 
-    def ask(self, url: str, have: int): # -> (reply, first byte it sends, size of the whole or None)
-        "Ask for everything from byte `have` on."
-        import requests
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})  # identity: lengths must count the file's own bytes
-        reply = requests.get(url, headers=headers, stream=True, timeout=self.timeout)
-        if have and reply.status_code == 416: return reply, None, None
-        reply.raise_for_status()
-        said = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", reply.headers.get("Content-Range", "").strip())
-        if reply.status_code == 206: return (reply, int(said[1]), int(said[2]) if said[2] != "*" else None) if said else (reply, None, None)
-        length = reply.headers.get("Content-Length", "")
-        return reply, 0, int(length) if length.isdigit() else None
-
     def attempt(self, url: str) -> bool: # True when the file is complete
         "One request. Raises what requests and urllib3 raise when the connection breaks, `DataError` when going on is pointless."
         from urllib3.exceptions import ProtocolError
         have = self.have()
         if self.size is not None and have == self.size: return True
-        reply, start, total = self.ask(url, have)
+        reply, start, total = _ask_from(url, have, self.timeout)
         with reply:
             if start is None or start > have:  # an answer that does not fit: begin again
                 os.truncate(self.part, 0)
