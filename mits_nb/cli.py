@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'PAPER', 'CASCADE_PAPER', 'DemoConfig', 'apart', 'choose_places', 'Clock', 'Chain', 'load_input', 'forge',
            'run_chain', 'measure', 'judge', 'metrics_of', 'states_figure', 'difference_figure', 'detector_figure',
            'verdict_figure', 'history_figure', 'report_html', 'check_output', 'write_results', 'run_demo', 'mits_demo',
-           'mits_train']
+           'mits_data', 'mits_train']
 
 # %% ../nbs/21_cli.ipynb #7a3b3743
 import argparse, base64, io, logging, os, shutil, sys, time
@@ -569,6 +569,45 @@ def mits_demo(
     parser.add_argument("--remove", type=voxel, metavar="Z,Y,X", help="voxel of the removal (default: the most nodule-like spot)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     return guarded(lambda: run_demo(DemoConfig(**vars(parser.parse_args(argv)))))
+
+# %% ../nbs/21_cli.ipynb #c93f0bbb
+def mits_data(
+    argv: list[str] | None = None, # Words of the command line; None takes those of the process
+) -> int: # Exit code: 0, or 2 with one sentence on the error stream
+    "Command `mits_data`: list, describe, fetch, verify and import data sets."
+    parser = argparse.ArgumentParser("mits_data", description="Data sets: what they are, how they are had, and whether what lies here is whole.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="one line per data set")
+    commands.add_parser("info", help="licence, citation, access, layout").add_argument("name", help="data set, or a manifest of your own (.json)")
+    get = commands.add_parser("fetch", help="download, verify, and go on where an earlier download broke")
+    get.add_argument("name")
+    get.add_argument("wanted", nargs="*", help="files, patient ids or seeds; none where there is only one file")
+    get.add_argument("--out", help="folder (default: the cache of this user, or MITS_CACHE)")
+    get.add_argument("--unpack", action="store_true", help="unpack .zip files beside themselves")
+    get.add_argument("--timeout", type=float, default=30, help="seconds without an answer (default: %(default)s)")
+    get.add_argument("--tries", type=int, default=5, help="attempts in a row that bring nothing (default: %(default)s)")
+    check = commands.add_parser("verify", help="checksums, sizes and completeness of what lies here")
+    check.add_argument("target", help="data set, or any folder")
+    check.add_argument("--deep", action="store_true", help="read every scan as well")
+    take = commands.add_parser("import", help="recognise a folder that you have already, and remember it")
+    take.add_argument("name")
+    take.add_argument("folder")
+    return guarded(lambda: run_data(parser.parse_args(argv)))
+
+# %% ../nbs/21_cli.ipynb #d07ee190
+def run_data(
+    args: argparse.Namespace, # Parsed words
+) -> None:
+    "Call the function of chapter 3 and print what it found. Raises `DataError`, also when `verify` finds damage."
+    from mits_nb import data
+    if args.command == "list": print("\n".join(data.list_manifests()))
+    elif args.command == "info": print(data.describe(args.name))
+    elif args.command == "fetch":
+        if not args.timeout > 0 or args.tries < 1: raise UsageError("--timeout must be above 0 and --tries at least 1")
+        for path in data.download(args.name, args.wanted, args.out, timeout=args.timeout, tries=args.tries):
+            print(data.unpack(path) if args.unpack and path.suffix == ".zip" else path)
+    elif args.command == "verify": print(data.verdict(args.target, data.verify(args.target, args.deep)))
+    else: print(data.inventory(data.import_folder(args.name, args.folder)))
 
 # %% ../nbs/21_cli.ipynb #59f7f4af
 def mits_train(
