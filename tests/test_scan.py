@@ -16,7 +16,7 @@ from pydicom.uid import (CTImageStorage, DeflatedExplicitVRLittleEndian, Explici
                          ImplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid)
 
 from mits_nb.core import MitsError, OutputError, ScanError
-from mits_nb.scan import SUFFIXES, Scan, marker_text, read_scan, resample, show_slices, window, write_scan
+from mits_nb.scan import SUFFIXES, Scan, list_series, marker_text, read_scan, resample, resample_tensor, show_slices, window, write_scan
 
 FORGED = {"kind": "forged", "action": "inject", "at": [2, 10, 8], "box": [[1, 4], [6, 14], [4, 12]]}
 PROTECTED = {"kind": "protected", "by": "mitsgan-tiny", "seed": 0}
@@ -43,13 +43,60 @@ def write_series(folder, stored, positions=None, *, iop=(1, 0, 0, 0, 1, 0), slop
         ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *pixels.shape, 1, "MONOCHROME2"
         ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, bits, bits - 1, int(signed)
         ds.RescaleSlope, ds.RescaleIntercept = (float(np.broadcast_to(v, len(stored))[k]) for v in (slopes, intercepts))
-        for name, value in tags.items(): setattr(ds, name, value)
+        for name, value in tags.items(): ds.add_new(name, "US", value) if name.startswith("PixelPadding") else setattr(ds, name, value)
         kind = np.dtype("i2" if signed else "u2").newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")
         ds.PixelData = pixels.astype(kind).tobytes()
         ds["PixelData"].VR = "OW"
         if syntax == RLELossless: ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian; ds.compress(RLELossless, generate_instance_uid=False)
         ds.save_as(folder / (names[k] if names else f"s{k}.dcm"), enforce_file_format=True)
     return folder
+
+
+def gdcm_pack(source, target, name):
+    "Copy a series with its pixels packed by GDCM."
+    gdcm = pytest.importorskip("gdcm", reason="python-gdcm (extra decoders) is not installed")
+    target.mkdir()
+    for path in source.iterdir():
+        reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+        reader.SetFileName(str(path))
+        assert reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, name))), change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer.SetFileName(str(target / path.name)), writer.SetFile(reader.GetFile()), writer.SetImage(change.GetOutput())
+        assert writer.Write()
+    return target
+
+
+def write_enhanced(path, stored, *, positions=None, slopes=1, intercepts=-1024, iop=(1, 0, 0, 0, 1, 0), syntax=ExplicitVRLittleEndian, frame_type="AXIAL", shared_rescale=False, spacing=(0.7, 0.8), series="e"):
+    "An enhanced multi-frame CT, written with pydicom alone."
+    path.parent.mkdir(exist_ok=True)
+    item = lambda **tags: pydicom.Sequence([dataset(**tags)])
+    def dataset(**tags):
+        ds = pydicom.Dataset()
+        for name, value in tags.items(): setattr(ds, name, value)
+        return ds
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.2.1", generate_uid(entropy_srcs=[series])
+    ds = FileDataset(None, {}, file_meta=meta)
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.StudyInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, generate_uid(entropy_srcs=[series, "s"]), "1.2.3"
+    ds.Modality, ds.PatientID, ds.PatientName, ds.ImageType, ds.SeriesDescription = "CT", "test", "A^B", ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"], "Chest"
+    ds.NumberOfFrames, (ds.Rows, ds.Columns), ds.SamplesPerPixel, ds.PhotometricInterpretation = len(stored), stored[0].shape, 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
+    rescale = lambda k: item(RescaleSlope=float(np.broadcast_to(slopes, len(stored))[k]), RescaleIntercept=float(np.broadcast_to(intercepts, len(stored))[k]), RescaleType="HU")
+    shared = dataset(PixelMeasuresSequence=item(PixelSpacing=list(spacing), SliceThickness=9), PlaneOrientationSequence=item(ImageOrientationPatient=list(iop)))
+    if shared_rescale: shared.PixelValueTransformationSequence = rescale(0)
+    ds.SharedFunctionalGroupsSequence = pydicom.Sequence([shared])
+    frames = []
+    for k in range(len(stored)):
+        frame = dataset(PlanePositionSequence=item(ImagePositionPatient=list(positions[k]) if positions is not None else [-50.5, -60.25, 10 + 2.5 * k]), CTImageFrameTypeSequence=item(FrameType=["ORIGINAL", "PRIMARY", frame_type, "NONE"]))
+        if not shared_rescale: frame.PixelValueTransformationSequence = rescale(k)
+        frames.append(frame)
+    ds.PerFrameFunctionalGroupsSequence = pydicom.Sequence(frames)
+    ds.PixelData = np.stack(stored).astype("<u2").tobytes()
+    ds["PixelData"].VR = "OW"
+    if syntax == RLELossless: ds.compress(RLELossless, generate_instance_uid=False)
+    ds.save_as(path, enforce_file_format=True)
+    return path
 
 
 def pixels_of(folder):
@@ -226,7 +273,7 @@ def test_faults_of_a_series(toy, what, words):
     assert peak < 100e6  # refused before anything large is allocated
 
 
-def test_a_compressed_series_without_decoder_says_so(tmp_path):
+def test_a_compressed_series_without_decoder_says_so(tmp_path, monkeypatch):
     folder = write_series(tmp_path / "s", volume() + 1024)
     for path in folder.iterdir():
         ds = pydicom.dcmread(path)
@@ -234,7 +281,217 @@ def test_a_compressed_series_without_decoder_says_so(tmp_path):
         ds.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + bytes(40)])
         ds["PixelData"].is_undefined_length = True
         ds.save_as(path)
-    with pytest.raises(ScanError): read_scan(folder)
+    monkeypatch.setattr(pydicom.pixels.decoders.base.Decoder, "is_available", False)
+    with pytest.raises(ScanError, match=r"JPEG 2000.*pip install .mits_nb\[decoders\]"): read_scan(folder)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("name", ["JPEGLosslessProcess14", "JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless", "RLELossless"])
+def test_packed_pixels(tmp_path, name, signed):
+    hu = volume()
+    plain = write_series(tmp_path / "plain", hu if signed else hu + 1024, signed=signed, intercepts=0 if signed else -1024)
+    scan = read_scan(gdcm_pack(plain, tmp_path / "packed", name))
+    assert scan.source.headers[0].file_meta.TransferSyntaxUID.is_encapsulated and scan.hu.dtype == np.int16 and (scan.hu == hu).all()
+    changed = hu.copy()
+    changed[1, 2, 3] += 7
+    written = write_scan(scan.with_hu(changed, FORGED), tmp_path / "out")
+    before = {p.name: pydicom.dcmread(p).pixel_array for p in plain.iterdir()}
+    assert sum(int((pydicom.dcmread(p).pixel_array != before[p.name]).sum()) for p in written.iterdir()) == 1
+    assert all(not ds.file_meta.TransferSyntaxUID.is_compressed for ds in pixels_of(written).values())
+
+
+def test_damaged_packed_pixels(tmp_path):
+    plain = write_series(tmp_path / "plain", volume() + 1024)
+    folder = gdcm_pack(plain, tmp_path / "packed", "JPEGLSLossless")
+    victim = sorted(folder.iterdir())[2]
+    whole = victim.read_bytes()
+    at = whole.find(b"\xff\xf7")  # the marker in front of precision, rows and columns
+    for what, damaged in (("cut", whole[:-60]), ("size", whole[:at + 5] + b"\x60\x00" + whole[at + 7:]), ("precision", whole[:at + 4] + b"\xb4" + whole[at + 5:]), ("none", whole[:at - 10])):
+        victim.write_bytes(damaged)
+        with pytest.raises(ScanError, match=victim.name): read_scan(folder)
+    victim.write_bytes(whole)
+    assert (read_scan(folder).hu == volume()).all()
+
+
+def test_a_deflated_bomb_is_refused(tmp_path):
+    import struct, zlib
+    folder = write_series(tmp_path / "s", volume() + 1024, syntax=DeflatedExplicitVRLittleEndian)
+    path = sorted(folder.iterdir())[0]
+    raw = path.read_bytes()
+    begin = 144 + struct.unpack("<I", raw[140:144])[0]
+    packer = zlib.compressobj(9, wbits=-15)
+    bomb = packer.compress(zlib.decompress(raw[begin:], -15)) + b"".join(packer.compress(bytes(2**20)) for _ in range(300)) + packer.flush()
+    path.write_bytes(raw[:begin] + bomb)
+    tracemalloc.start()
+    with pytest.raises(ScanError, match="unpacks to more"): read_scan(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+
+
+def test_monochrome1_is_the_same_measurement(tmp_path):
+    folder = write_series(tmp_path / "s", volume() + 1024, PhotometricInterpretation="MONOCHROME1")
+    scan = read_scan(folder)
+    assert (scan.hu == volume()).all()
+    written = write_scan(scan.with_hu(scan.hu + np.int16(1), FORGED), tmp_path / "o")
+    assert all(ds.PhotometricInterpretation == "MONOCHROME1" for ds in pixels_of(written).values()) and (read_scan(written).hu == scan.hu + 1).all()
+
+
+@pytest.mark.parametrize("signed, tags, expected", [
+    (True, dict(PixelPaddingValue=63536), (-3024, -3024)), (False, dict(PixelPaddingValue=0), (-1024, -1024)),
+    (True, dict(PixelPaddingValue=63536, PixelPaddingRangeLimit=63556), (-3024, -3004)), (True, {}, None)])
+def test_padding_values(tmp_path, signed, tags, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = write_series(tmp_path / "s", volume(low=0, high=2000), signed=signed, **tags)
+    scan = read_scan(folder)
+    assert scan.meta.get("padding_hu") == expected and (scan.hu == volume(low=0, high=2000) - 1024).all()
+    back = read_scan(write_scan(scan.with_hu(scan.hu, FORGED), tmp_path / "o"))
+    assert back.meta.get("padding_hu") == expected
+
+
+def test_padding_is_read_where_the_bits_say_so(data_dir):
+    assert read_scan(data_dir / "dicom" / "LIDC-IDRI-0001").meta["padding_hu"] == (-3024, -3024)
+
+
+def test_bits_above_those_stored_are_no_values(tmp_path, caplog):
+    hu = volume(low=-1000, high=1500)
+    stored = (hu + 1024).astype(np.uint16)
+    stored[0, 3, :4] |= 0x8000  # an old overlay plane
+    folder = write_series(tmp_path / "s", stored, bits=12)
+    assert (read_scan(folder).hu == hu).all()
+    image = itk_series(folder)
+    assert (sitk.GetArrayFromImage(image) == hu).all()
+
+
+def test_elements_behind_the_pixels_are_kept(tmp_path):
+    folder = write_series(tmp_path / "s", volume() + 1024, DataSetTrailingPadding=bytes(32))
+    scan = read_scan(folder)
+    copy = write_scan(scan, tmp_path / "copy")
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# ---- multi-frame
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+@pytest.mark.parametrize("shared", [False, True])
+def test_enhanced_multi_frame_is_the_same_scan(tmp_path, shared, syntax):
+    hu, turned = volume(), np.random.default_rng(2).permutation(6)
+    positions = [(-50.5, -60.25, 10 + 2.5 * k) for k in turned]
+    path = write_enhanced(tmp_path / "e" / "multi.dcm", list(hu[turned] + 1024), positions=positions, shared_rescale=shared, syntax=syntax)
+    single = read_scan(write_series(tmp_path / "s", hu + 1024))
+    for where in (path, path.parent):
+        scan = read_scan(where)
+        assert (scan.hu == hu).all() and scan.hu.dtype == np.int16
+        assert scan.spacing == single.spacing and scan.origin == single.origin and (scan.direction == single.direction).all()
+    assert list_series(path.parent) == [dict(uid=scan.meta["series_uid"], slices=6, description="Chest")]
+    copy = write_scan(scan, tmp_path / "copy")  # becomes a series of single-frame CT images
+    back = pixels_of(copy)
+    assert len(back) == 6 and (read_scan(copy).hu == hu).all() and len({ds.SeriesInstanceUID for ds in back.values()} | {scan.meta["series_uid"]}) == 2
+    for ds in back.values():
+        assert ds.SOPClassUID == CTImageStorage and ds.PatientName == "A^B" and ds.BitsStored == 12 and "NumberOfFrames" not in ds and "PerFrameFunctionalGroupsSequence" not in ds
+    forged = read_scan(write_scan(scan.with_hu(hu + np.int16(1), FORGED), tmp_path / "f"))
+    assert (forged.hu == hu + 1).all() and "TEACHING FORGERY" in forged.meta["marker"]
+    assert (sitk.GetArrayFromImage(itk_series(copy)) == hu).all()
+
+
+def test_frames_have_their_own_rescale(tmp_path):
+    stored = volume(low=0, high=1000)
+    slopes, intercepts = [1, 2, 3, 1, 2, 1], [-1024, -1000, 0, -1024, 5, -7]
+    scan = read_scan(write_enhanced(tmp_path / "e" / "m.dcm", list(stored), slopes=slopes, intercepts=intercepts))
+    assert all((scan.hu[k] == stored[k] * slopes[k] + intercepts[k]).all() for k in range(6))
+
+
+@pytest.mark.parametrize("what, words", [("count", "claims 9 frames"), ("groups", "functional groups"), ("cut", "truncated"), ("gap", "missing 1 slice.*frame 3.*frame 4"), ("localizer", "no DICOM files|no CT")])
+def test_faults_of_a_multi_frame_file(tmp_path, what, words):
+    positions = [(0, 0, 2.5 * (k + (what == "gap" and k > 2))) for k in range(6)]
+    path = write_enhanced(tmp_path / "e" / "m.dcm", list(volume() + 1024), positions=positions, frame_type="LOCALIZER" if what == "localizer" else "AXIAL")
+    ds = pydicom.dcmread(path)
+    if what == "count": ds.NumberOfFrames = 9
+    if what == "groups": del ds.PerFrameFunctionalGroupsSequence
+    if what in ("count", "groups"): ds.save_as(path)
+    if what == "cut": path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ScanError, match=words): read_scan(path)
+
+
+# ---- zip
+
+def zipped(path, members, **options):
+    import zipfile
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in members.items(): archive.writestr(name, data)
+    return path
+
+
+def test_a_zip_of_a_series(toy, tmp_path):
+    import zipfile
+    folder, scan = toy
+    members = {f"export/{p.name}": p.read_bytes() for p in folder.iterdir()}
+    path = zipped(tmp_path / "s.zip", {**members, "export/readme.txt": b"x" * 300, "viewer/setup.exe": bytes(5000)}, compression=zipfile.ZIP_DEFLATED)
+    back = read_scan(path)
+    assert (back.hu == scan.hu).all() and back.spacing == scan.spacing and back.meta["path"] == back.source.path == str(path)
+    copy = write_scan(back, tmp_path / "copy")
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+    two = zipped(tmp_path / "two.zip", {**members, **{f"b/{p.name}": p.read_bytes() for p in write_series(tmp_path / "b", volume(seed=1) + 1024, series="b").iterdir()}})
+    uid = generate_uid(entropy_srcs=["b"])
+    assert [s["slices"] for s in list_series(two)] == [6, 6] and (read_scan(two, series_uid=uid).hu == volume(seed=1)).all()
+    with pytest.raises(ScanError, match=f"two.zip.*{uid}"): read_scan(two)
+
+
+def test_hostile_and_broken_zips(toy, tmp_path):
+    import zipfile
+    folder, _ = toy
+    slices = {p.name: p.read_bytes() for p in folder.iterdir()}
+    before = set(tmp_path.rglob("*"))
+    inside = tmp_path / "zips"
+    inside.mkdir()
+    for name in ("../evil.dcm", "/tmp/evil.dcm", "..\\evil.dcm", "a/../../evil.dcm", "C:/evil.dcm"):
+        with pytest.raises(ScanError, match="outside its folder"): read_scan(zipped(inside / "slip.zip", {**slices, name: slices["IM00.dcm"]}))
+    bomb = zipped(inside / "bomb.zip", {f"{k}.dcm": bytes(128) + b"DICM" + bytes(2**24) for k in range(16)}, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ScanError, match="would unpack to"): read_scan(bomb)
+    whole = zipped(inside / "ok.zip", slices, compression=zipfile.ZIP_DEFLATED).read_bytes()
+    for k, damaged in enumerate((whole[:-40], whole[:len(whole) // 2], whole[:3000] + b"\0\1\2" + whole[3003:], b"PK\3\4", b"PK\5\6" + bytes(18))):
+        (inside / f"broken{k}.zip").write_bytes(damaged)
+        with pytest.raises(ScanError, match=f"broken{k}.zip"): read_scan(inside / f"broken{k}.zip")
+    locked = bytearray(whole)
+    at = locked.rfind(b"PK\1\2")
+    locked[at + 8] |= 1  # the flag "encrypted" in the table of contents
+    (inside / "locked.zip").write_bytes(locked)
+    with pytest.raises(ScanError, match="encrypted"): read_scan(inside / "locked.zip")
+    assert {p for p in tmp_path.rglob("*") if inside not in (p, *p.parents)} == before
+
+
+# ---- regrid
+
+@pytest.mark.parametrize("angle", [12.0, -20.0])
+def test_a_leaning_stack_is_straightened(tmp_path, angle):
+    "Linear interpolation is exact for a world that is linear in x, y and z."
+    world = lambda x, y, z: 2.0 * x - 3.0 * y + 1.5 * z
+    lean = np.tan(np.deg2rad(angle))
+    k, y, x = np.meshgrid(np.arange(8), np.arange(24), np.arange(20), indexing="ij")
+    origin = np.array([-8.0, 5.0, 30.0])
+    position = lambda k: origin + [0.25 * k, 2.5 * k * lean, 2.5 * k]
+    stored = np.rint(world(*(np.stack([position(i) for i in range(8)])[k] + np.stack([x * 0.8, y * 0.7, 0 * x], -1)).transpose(3, 0, 1, 2)) * 10)
+    folder = write_series(tmp_path / "s", stored, [position(i) for i in range(8)], signed=True, slopes=0.1, intercepts=0)
+    with pytest.raises(ScanError, match=rf"tilt of {abs(np.degrees(np.arctan(np.hypot(lean, 0.1)))):.1f} degrees.*regrid=True"): read_scan(folder)
+    scan = read_scan(folder, regrid=True)
+    assert np.allclose(scan.spacing, (2.5, 0.7, 0.8)) and scan.shape[0] == 8 and scan.history[0]["kind"] == "regridded" and scan.source is None
+    inside = np.argwhere(scan.hu > -500)  # the corners hold air
+    truth = world(*scan.voxel_to_world(inside).T)
+    error = np.abs(scan.hu[tuple(inside.T)] - truth)
+    assert len(inside) > 0.5 * stored.size and np.quantile(error, 0.7) < 0.11 and (scan.hu == -1024).any()
+    assert (read_scan(write_scan(scan, tmp_path / "out")).spacing == np.round(scan.spacing, 9)).all()
+
+
+def test_uneven_spacing_is_interpolated_on_request(tmp_path):
+    depth = np.array([0, 2.0, 4.4, 6.0, 8.0, 10.0, 14.0])
+    stored = np.broadcast_to((depth * 10)[:, None, None], (7, 8, 9)).astype(int)
+    folder = write_series(tmp_path / "s", stored, [(0, 0, d) for d in depth], signed=True, intercepts=0)
+    with pytest.raises(ScanError, match="missing 1 slice.*regrid=True"): read_scan(folder)
+    scan = read_scan(folder, regrid=True)
+    assert scan.shape == (8, 8, 9) and scan.spacing[0] == 2.0 and (scan.hu[:, 0, 0] == np.arange(8) * 20).all() and scan.hu.dtype == np.int16
+    straight = write_series(tmp_path / "t", volume() + 1024, series="t")
+    assert read_scan(straight, regrid=True).source is not None and (read_scan(straight, regrid=True).hu == volume()).all()  # nothing to mend
 
 
 def test_paths_that_are_no_scan(tmp_path):
