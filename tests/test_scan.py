@@ -11,9 +11,13 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import (CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
                          ImplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid)
+from scipy.spatial.transform import Rotation
 
 from mits_nb.core import MitsError, OutputError, ScanError
 from mits_nb.scan import SUFFIXES, Scan, list_series, marker_text, read_scan, resample, resample_tensor, show_slices, window, write_scan
@@ -685,6 +689,121 @@ def test_new_series_is_valid_ct(tmp_path):
         assert all(len(str(v)) <= 16 for key in ("ImagePositionPatient", "ImageOrientationPatient") for v in ds[key].value)
 
 
+# ---- properties
+
+finite = lambda low, high: st.floats(low, high, allow_nan=False, width=32)
+rotations = st.tuples(*[finite(-1, 1)] * 4).filter(lambda q: np.linalg.norm(q) > 0.1).map(lambda q: Rotation.from_quat(q).as_matrix())
+scans = st.builds(lambda shape, seed, spacing, origin, direction, kind: Scan(volume(shape, seed).astype(kind), spacing, origin, direction),
+                  st.tuples(*[st.integers(2, 6)] * 3), st.integers(0, 2**20), st.tuples(*[finite(0.25, 8)] * 3), st.tuples(*[finite(-900, 900)] * 3), rotations, st.sampled_from([np.int16, np.float32]))
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@few
+@given(scans, st.lists(st.tuples(*[finite(-20, 20)] * 3), min_size=1, max_size=5))
+def test_voxel_and_world_agree_with_simpleitk(scan, points):
+    image = sitk.GetImageFromArray(scan.hu)
+    image.SetSpacing(scan.spacing[::-1]), image.SetOrigin(scan.origin), image.SetDirection(scan.direction.ravel().tolist())
+    for zyx in points:
+        world = image.TransformContinuousIndexToPhysicalPoint(list(map(float, zyx[::-1])))
+        assert np.abs(scan.voxel_to_world(zyx) - world).max() < 1e-6
+        assert np.abs(scan.world_to_voxel(world) - image.TransformPhysicalPointToContinuousIndex(world)[::-1]).max() < 1e-6
+    assert np.abs(scan.world_to_voxel(scan.voxel_to_world(points)) - points).max() < 1e-6
+
+
+@few
+@given(scans, st.sampled_from(["", *SUFFIXES]))
+def test_any_scan_comes_back_from_any_format(tmp_path, scan, suffix):
+    target = tmp_path / f"again{suffix}"
+    back = read_scan(write_scan(scan, target))
+    assert back.shape == scan.shape and np.abs(back.hu - scan.hu).max() <= (0.5 if suffix == "" and scan.hu.dtype == np.float32 else 0)
+    corners = [[0, 0, 0], [n - 1 for n in scan.shape]]
+    tolerance = 2e-3 if "nii" in suffix else 1e-5 if suffix == "" else 1e-6  # NIfTI: single precision; DICOM: 16 characters a number
+    assert np.abs(back.voxel_to_world(corners) - scan.voxel_to_world(corners)).max() < tolerance
+    if suffix == "" and (back.hu == scan.hu).all():  # a series read and written again: the same files
+        again = write_scan(back, tmp_path / "twice")
+        assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in target.iterdir()}
+        shutil.rmtree(again), shutil.rmtree(target)
+
+
+@few
+@given(st.integers(0, 2**20), st.integers(9, 16), st.booleans(), st.sampled_from([1, 2, 0.5, 0.37, 1.0009765625]), st.sampled_from([0, -1024, -1000.5, 7]), st.sampled_from([ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless]))
+def test_stored_pixels_survive(tmp_path, seed, bits, signed, slope, intercept, syntax):
+    stored = np.random.default_rng(seed).integers(-(1 << bits - 1) if signed else 0, 1 << bits - signed, (3, 6, 5))
+    folder, out = tmp_path / "in", tmp_path / "out"
+    scan = read_scan(write_series(folder, stored, bits=bits, signed=signed, slopes=slope, intercepts=intercept, syntax=syntax))
+    assert np.allclose(scan.hu, stored * slope + intercept, atol=1e-2)
+    hu = scan.hu.copy()
+    hu[1, 2, 3] = hu[1, 2, 2]  # one voxel takes its neighbour's value
+    expected = stored.copy()
+    expected[1, 2, 3] = expected[1, 2, 2]
+    written = write_scan(scan.with_hu(hu, FORGED), out)
+    back = np.stack([ds.pixel_array for ds in sorted(pixels_of(written).values(), key=lambda ds: ds.ImagePositionPatient[2])])
+    assert (back == expected).all()
+    shutil.rmtree(folder), shutil.rmtree(out)
+
+
+@few
+@given(scans, st.tuples(*[finite(0.25, 9)] * 3))
+def test_resampling_tensors_is_resampling_arrays(scan, spacing):
+    scan = replace(scan, hu=scan.hu.astype(np.float32))
+    values = torch.tensor(scan.hu, requires_grad=True)
+    out = resample_tensor(values, scan.spacing, spacing)
+    assert out.shape == resample(scan, spacing).shape and np.abs(out.detach().numpy() - resample(scan, spacing).hu).max() < 2e-3
+    out.sum().backward()
+    assert abs(float(values.grad.double().sum()) - out.numel()) < 1e-3 * out.numel()  # the eight weights of a point add up to 1
+    batch = resample_tensor(values.detach().double().expand(2, 1, *scan.shape), scan.spacing, spacing)
+    assert batch.shape == (2, 1, *out.shape) and np.abs(batch[1, 0].numpy() - out.detach().numpy()).max() < 2e-3
+
+
+def test_gradient_of_resampling_is_exact():
+    values = torch.tensor(volume((4, 5, 3)), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: resample_tensor(v, (2.5, 0.7, 0.8), (1.1, 0.5, 1.3)), values)
+    for bad in (dict(hu=values[0]), dict(hu=values.int()), dict(new_spacing=0), dict(new_spacing=(1, float("nan"), 1))):
+        with pytest.raises(ScanError): resample_tensor(**{**dict(hu=values, spacing=(1, 1, 1), new_spacing=2), **bad})
+
+
+# ---- what others say about our files
+
+def complaints(folder):
+    "Errors that dciodvfy reports about the files of a folder, without the values of this or that file."
+    program = shutil.which("dciodvfy")
+    if program is None: pytest.skip("dciodvfy (Debian package dicom3tools) is not installed")
+    import subprocess
+    found = set()
+    for path in sorted(Path(folder).iterdir()):
+        done = subprocess.run([program, "-new", str(path)], capture_output=True, text=True, errors="replace")
+        found |= {line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")}
+    return found
+
+
+def test_dciodvfy_finds_nothing_in_new_series(tmp_path, phantom):
+    scan = phantom[0]
+    few_slices = replace(scan, hu=scan.hu[10:13])
+    q, _ = np.linalg.qr(np.random.default_rng(8).normal(size=(3, 3)))
+    for k, one in enumerate([few_slices, few_slices.with_hu(few_slices.hu, FORGED), few_slices.with_hu(few_slices.hu, PROTECTED), replace(few_slices, hu=few_slices.hu.astype(np.float32) * np.float32(9.7)), replace(few_slices, direction=q * np.sign(np.linalg.det(q)))]):
+        assert complaints(write_scan(one, tmp_path / f"new{k}")) == set()
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed", "multi-frame"])
+def test_dciodvfy_finds_nothing_that_the_source_has_not(tmp_path, kind):
+    if kind == "multi-frame": source = write_enhanced(tmp_path / "s" / "m.dcm", list(volume((3, 20, 16)) + 1024)).parent
+    else: source = write_series(tmp_path / "s", volume((3, 20, 16)) + 1024, syntax=RLELossless if kind == "packed" else ExplicitVRLittleEndian)
+    scan = read_scan(source)
+    known = complaints(source)
+    for k, note in enumerate([None, FORGED, PROTECTED]):
+        written = write_scan(scan if note is None else scan.with_hu(scan.hu + np.int16(1), note), tmp_path / f"o{k}")
+        words = lambda lines: {line.split(" - Module")[0] for line in lines}
+        assert words(complaints(written)) <= words(known), note
+
+
+def test_dciodvfy_on_real_series(data_dir, tmp_path):
+    for name in ("dicom/LIDC-IDRI-0001",):
+        scan = read_scan(data_dir / name)
+        known = complaints(data_dir / name)
+        written = write_scan(scan.with_hu(scan.hu + np.int16(1), FORGED), tmp_path / "f")
+        assert complaints(written) <= known
+
+
 def test_new_series_of_floats(tmp_path):
     scan = Scan(volume((3, 8, 8)).astype(np.float32) + np.float32(40_000.4), (1, 1, 1))
     back = read_scan(write_scan(scan, tmp_path / "f"))
@@ -779,7 +898,10 @@ def test_window_and_pictures(tmp_path):
     hu = np.random.default_rng(0).normal(-800, 60, (4, 512, 512))
     heat = np.zeros((121, 121)); heat[40:60, 40:60] = 1
     figure = show_slices(hu, list("abcd"), overlay=[None, heat, None, heat], boxes=[None, [(200, 232, 100, 132)], None, None])
-    figure.savefig(tmp_path / "a.png", bbox_inches="tight")
+    figure.axes[0].set_title("changed later")
+    figure.savefig(tmp_path / "a.png", bbox_inches="tight"), figure.savefig(tmp_path / "a.pdf")
+    figure.canvas.draw()
+    assert np.asarray(figure.canvas.buffer_rgba()).std() > 0
     assert plt.get_fignums() == [] and (tmp_path / "a.png").stat().st_size < 130_000
     assert len(show_slices(hu[0]).axes) == 1
     for bad in (dict(images=volume()[:2], titles=["one"]), dict(images=np.zeros((2, 2, 2, 2))), dict(images=[]), dict(images=volume()[:2], overlay=[heat])):
@@ -788,37 +910,71 @@ def test_window_and_pictures(tmp_path):
 
 # ---- damage at random, and real files
 
+def bases(folder):
+    "One healthy input of each kind: path to read -> files that may be damaged."
+    write = lambda name, **options: write_series(folder / name, volume((4, 20, 16)) + 1024, **options)
+    found = {write("explicit"): 30, write("implicit", syntax=ImplicitVRLittleEndian): 20, write("big", syntax=ExplicitVRBigEndian): 10, write("deflated", syntax=DeflatedExplicitVRLittleEndian): 20, write("rle", syntax=RLELossless): 20}
+    found[write_enhanced(folder / "multi" / "m.dcm", list(volume((4, 20, 16)) + 1024)).parent] = 25
+    import importlib.util
+    if importlib.util.find_spec("gdcm"):
+        for name in ("JPEGLSLossless", "JPEGLosslessProcess14_1", "JPEG2000Lossless"): found[gdcm_pack(folder / "explicit", folder / name, name)] = 4  # slow: a process for each
+    for suffix in SUFFIXES:
+        (folder / suffix[1:]).mkdir()
+        found[write_scan(Scan(volume((4, 20, 16)), (2.5, 1, 1)), folder / suffix[1:] / f"a{suffix}")] = 26
+    (folder / "zip").mkdir()
+    found[zipped(folder / "zip" / "a.zip", {p.name: p.read_bytes() for p in (folder / "explicit").iterdir()})] = 15
+    return found
+
+
+def torment(folder, seed=7):
+    "Read damaged inputs and write what can be read; prints how each ended and how far memory grew. Runs in a process of its own."
+    import json
+    folder, dice, ended = Path(folder), random.Random(int(seed)), {"scan": 0, "error": 0, "other": []}
+    memory = lambda: {line.split(":")[0]: int(line.split()[1]) // 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(("VmSize", "VmRSS", "VmPeak", "VmHWM"))} if Path("/proc/self/status").exists() else {}
+    found, before = bases(folder), None
+    for source, turns in found.items():
+        read_scan(source)  # healthy: also loads the libraries
+    before = memory()
+    for source, turns in found.items():
+        for turn in range(turns):
+            target = folder / "work"
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source if source.is_dir() else source.parent, target)
+            path = target if source.is_dir() else target / source.name
+            victim = dice.choice(sorted(target.iterdir()))
+            raw = bytearray(victim.read_bytes())
+            for _ in range(dice.choice([1, 1, 2, 5, 20])):
+                at, how = dice.randrange(len(raw)) if dice.random() < 0.3 else dice.randrange(min(len(raw), 1400)), dice.random()
+                if how < 0.3: raw[at] = dice.randrange(256)
+                elif how < 0.45: raw[at] ^= 1 << dice.randrange(8)
+                elif how < 0.6: raw[at:at + 4] = b"\xff\xff\xff\x7f"[:len(raw) - at]
+                elif how < 0.7: del raw[max(at, 1):]
+                elif how < 0.85: raw[at:at] = bytes(dice.randrange(256) for _ in range(9))
+                elif how < 0.95: raw[at:at] = raw[max(0, at - 200):at]
+                else: del raw[at:at + 9]
+                if len(raw) < 3: break
+            victim.write_bytes(raw)
+            try:
+                scan = read_scan(path, regrid=turn % 2 == 1)
+                assert np.isfinite(scan.hu).all()
+                write_scan(scan, folder / "written again")
+                ended["scan"] += 1
+            except MitsError as error:
+                if "\n" in str(error): ended["other"].append(f"{source.name} turn {turn}: newline in {error}")
+                ended["error"] += 1
+            except Exception as error: ended["other"].append(f"{source.name} turn {turn}: {error!r}")
+    after = memory()
+    print(json.dumps({**ended, **({"asked": after["VmPeak"] - before["VmSize"], "used": after["VmHWM"] - before["VmRSS"]} if after else {})}))
+
+
 def test_mutated_files_end_in_a_scan_or_one_of_our_errors(tmp_path):
-    dice, base = random.Random(7), Scan(volume((4, 20, 16)), (2.5, 1, 1))
-    write_scan(base, tmp_path / "s")
-    for suffix in SUFFIXES: write_scan(base, tmp_path / f"a{suffix}")
-    ended = {"scan": 0, "error": 0}
-    for turn in range(200):
-        target = tmp_path / "work"
-        shutil.rmtree(target, ignore_errors=True)
-        if turn % 2:
-            shutil.copytree(tmp_path / "s", target)
-            path, victim = target, target / f"slice_{dice.randrange(4):04d}.dcm"
-        else:
-            target.mkdir()
-            for file in tmp_path.glob("a.*"): shutil.copy(file, target)
-            path = victim = target / f"a{dice.choice(SUFFIXES)}"
-        raw = bytearray(victim.read_bytes())
-        for _ in range(dice.choice([1, 2, 5, 20])):
-            at, how = dice.randrange(min(len(raw), 1400)), dice.random()
-            if how < 0.6: raw[at] = dice.randrange(256)
-            elif how < 0.7: del raw[max(at, 1):]
-            elif how < 0.85: raw[at:at] = bytes(dice.randrange(256) for _ in range(9))
-            else: del raw[at:at + 9]
-            if len(raw) < 3: break
-        victim.write_bytes(raw)
-        try:
-            write_scan(read_scan(path), tmp_path / "written again")
-            ended["scan"] += 1
-        except MitsError as error:
-            assert "\n" not in str(error)
-            ended["error"] += 1
-    assert min(ended.values()) > 20, ended
+    import json, os, subprocess, sys
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import sys, test_scan; test_scan.torment(sys.argv[1])", str(tmp_path)], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]  # no crash, no hang
+    ended = json.loads(done.stdout.splitlines()[-1])
+    assert ended["other"] == [] and ended["scan"] + ended["error"] >= 200 and min(ended["scan"], ended["error"]) > 40, ended
+    assert ended.get("asked", 0) < 1024 and ended.get("used", 0) < 1024, ended  # MB
 
 
 def test_real_series(data_dir, tmp_path, capfd):
