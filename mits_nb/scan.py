@@ -287,6 +287,25 @@ def _pixel_bytes(
     return at, -1
 
 # %% ../nbs/01_scan.ipynb #3ac69fac
+def _dataset(
+    buffer, # From `_opened`
+    force: bool, # Read it although the letters DICM are missing
+): # -> pydicom.Dataset
+    "`pydicom.dcmread` up to the pixels; files as the standard wants them take a straight way through pydicom, half as long."
+    import pydicom
+    from pydicom.filereader import read_dataset
+    begin = 144 + struct.unpack("<I", buffer[140:144])[0] if buffer[128:140] == b"DICM\2\0\0\0UL\4\0" else 0
+    if not 150 < begin < len(buffer) - 8 or buffer[begin + 1:begin + 2] != b"\0" or buffer[begin:begin + 1] not in b"\x04\x08":
+        buffer.seek(0)
+        return pydicom.dcmread(buffer, stop_before_pixels=True, force=force)
+    meta = pydicom.dataset.FileMetaDataset(read_dataset(io.BytesIO(buffer[132:begin]), False, True))
+    syntax = meta.TransferSyntaxUID
+    buffer.seek(begin)
+    header = read_dataset(buffer, syntax.is_implicit_VR, syntax.is_little_endian, stop_when=lambda tag, vr, length: tag == 0x7FE00010)
+    header.file_meta, header.preamble = meta, buffer[:128]
+    return header
+
+# %% ../nbs/01_scan.ipynb #aefe70a1
 def _parse(
     path: Path, # DICOM file
     force: bool, # Read it although the letters DICM are missing
@@ -294,7 +313,7 @@ def _parse(
     "Parse a DICOM header once; keeps the elements before and after the pixel data. Raises many kinds of error on damaged bytes."
     import pydicom
     with _opened(path) as buffer:
-        header = pydicom.dcmread(buffer, stop_before_pixels=True, force=force)
+        header = _dataset(buffer, force)
         implicit, little = header.original_encoding
         start, end = _pixel_bytes(buffer, implicit, little)
         if 0 < end < len(buffer):  # padding, signatures: rare, but part of the file
@@ -302,7 +321,7 @@ def _parse(
             for tag, element in pydicom.filereader.read_dataset(buffer, implicit, little).items():
                 if tag > 0x7FE00010: header[tag] = element
         if isinstance(buffer, _Bytes): header.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
-    header.filename, header.buffer = str(path), None
+    if "buffer" in header.__dict__: header.buffer = None  # it would keep the file open
     return _Slice(path, header, start, end)
 
 # %% ../nbs/01_scan.ipynb #92c3ae71
