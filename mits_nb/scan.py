@@ -223,6 +223,13 @@ def _short(
     "The first line of a foreign message, fit for one sentence of ours."
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
 
+# %% ../nbs/01_scan.ipynb #0788389e
+def _plain(
+    text, # Anything from a file
+) -> str: # One printable line
+    "Words from a file, fit for one sentence of ours."
+    return "".join(c if c.isprintable() else "?" for c in str(text))[:200]
+
 # %% ../nbs/01_scan.ipynb #d0819d89
 RLE = "1.2.840.10008.1.2.5"  # transfer syntax of run lengths, the only packing that Python unpacks itself
 
@@ -421,9 +428,9 @@ def _find_series(
             seen += 1
             if seen > 50_000: raise ScanError(f"{folder} holds more than 50,000 DICOM files: point to the folder of one series")
             kind = found.header.SOPClassUID
-            uid = str(found.header.get("SeriesInstanceUID", ""))
+            uid = _plain(found.header.get("SeriesInstanceUID", ""))
             if kind in MULTI_FRAME: series.setdefault(uid, []).extend(_frames(found))
-            elif kind != CT_IMAGE: other.setdefault(getattr(kind, "name", str(kind)), path)
+            elif kind != CT_IMAGE: other.setdefault(_plain(getattr(kind, "name", kind)), path)
             elif "LOCALIZER" in (found.header.get("ImageType") or ()): other.setdefault("localizer", path)
             else: series.setdefault(uid, []).append(found)
     if series := {uid: slices for uid, slices in series.items() if slices}:
@@ -628,7 +635,7 @@ def _check_decoder(
     syntax = _syntax(first.header)
     try: available = get_decoder(syntax).is_available
     except NotImplementedError: available = False
-    if not available: raise ScanError(f"{first.path} is compressed ({syntax.name}) and no decoder for it is installed: pip install \"mits_nb[decoders]\", or decompress the series")
+    if not available: raise ScanError(f"{first.path} is compressed ({_plain(syntax.name)}) and no decoder for it is installed: pip install \"mits_nb[decoders]\", or decompress the series")
 
 # %% ../nbs/01_scan.ipynb #7287ad51
 def _unpack(
@@ -807,7 +814,7 @@ def _text(
     keyword: str, # DICOM keyword
 ) -> str: # "" where it is absent or unreadable
     "A describing element as text; nothing depends on it."
-    with contextlib.suppress(Exception): return str(header.get(keyword, "") or "")
+    with contextlib.suppress(Exception): return _plain(header.get(keyword, "") or "")
     return ""
 
 # %% ../nbs/01_scan.ipynb #d5b68b05
@@ -827,8 +834,8 @@ def _read_dicom(
     folder = path
     if path.is_file():
         if (one := _read_header(path)) is None: raise ScanError(f"{path} is no DICOM file: give a CT series, a zip of one, or a .mha, .mhd, .nrrd or .nii.gz file")
-        if (kind := one.header.SOPClassUID) not in (CT_IMAGE, *MULTI_FRAME): raise ScanError(f"{path} is no CT image ({getattr(kind, 'name', kind)}): point to a chest CT series")
-        folder, series_uid = path.parent, series_uid or str(one.header.get("SeriesInstanceUID", ""))
+        if (kind := one.header.SOPClassUID) not in (CT_IMAGE, *MULTI_FRAME): raise ScanError(f"{path} is no CT image ({_plain(getattr(kind, 'name', kind))}): point to a chest CT series")
+        folder, series_uid = path.parent, series_uid or _plain(one.header.get("SeriesInstanceUID", ""))
     series = _find_series(folder)
     if series_uid is None and len(series) > 1 or series_uid is not None and series_uid not in series:
         listed = "; ".join(f"{s['uid']} ({s['slices']} slices{', ' * bool(s['description'])}{s['description']})" for s in _listed(series))
