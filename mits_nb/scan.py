@@ -259,10 +259,12 @@ def _opened(
     path: Path, # DICOM file
 ): # -> something with read, seek, tell and slices of bytes
     "The bytes of a DICOM file: a memory map, or the unpacked copy of a deflated file. Raises `ScanError`."
-    from pydicom.filereader import read_file_meta_info
+    from pydicom.filereader import read_dataset
     deflated = b"1.2.840.10008.1.2.1.99"
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bounded:
-        if (at := bounded.find(deflated, 132, 4096)) < 0 or not read_file_meta_info(path).TransferSyntaxUID.is_deflated:
+        at = bounded.find(deflated, 132, 4096)
+        meta = read_dataset(io.BytesIO(bounded[132:4096]), False, True, stop_when=lambda tag, vr, length: tag >> 16 > 2) if at > 0 else {}
+        if meta.get("TransferSyntaxUID") != deflated.decode():
             yield bounded
             return
         begin = 144 + struct.unpack("<I", bounded[140:144])[0]  # after the file meta group, which states its length
@@ -855,7 +857,7 @@ def _read_dicom(
         meta["marker"] = text.decode(errors="replace").rstrip("\0 ") if isinstance(text, bytes) else str(text)
     if fault:
         hu, start = _straighten(hu, places, spacing)
-        log.warning("%s: interpolated onto a straight grid", fault)
+        log.info("%s: interpolated onto a straight grid", fault)
         meta["history"] = ({"kind": "regridded", "why": fault.replace(str(folder), folder.name)},)
         return Scan(hu, spacing, tuple(np.array(origin) + direction @ start), direction, None, meta)
     return Scan(hu, spacing, origin, direction, Source("dicom", str(folder), tuple(s.header for s in slices), tuple(s.path.name for s in slices), digests), meta)
