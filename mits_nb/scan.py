@@ -127,7 +127,7 @@ class Scan:
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0) # World (x, y, z) of the centre of voxel (0, 0, 0), mm, LPS
     direction: np.ndarray = field(default_factory=lambda: np.eye(3)) # 3x3; columns = world direction of the x, y, z index axis
     source: Source | None = None # Headers to write the same series back; None for a scan that was made up
-    meta: dict = field(default_factory=dict) # "history": tuple of notes; "marker": text found in the file; "path", ...
+    meta: dict = field(default_factory=dict) # "history": tuple of notes; "marker": text found in the file; "padding_hu": (least, largest); "path", ...
 
     def __post_init__(self):
         hu = np.asarray(self.hu)
@@ -426,7 +426,7 @@ def _find_series(
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(where, name) for name in sorted(names)):
-            if not path.is_file() or (found := _read_header(path)) is None: continue
+            if path.name.startswith("._") or not path.is_file() or (found := _read_header(path)) is None: continue  # ._x: what macOS leaves beside x
             seen += 1
             if seen > 50_000: raise ScanError(f"{folder} holds more than 50,000 DICOM files: point to the folder of one series")
             kind = found.header.SOPClassUID
@@ -513,7 +513,7 @@ def _check_alike(
     claimed = held = 0
     for s in slices:
         rows, columns, bits, _, _ = _layout(s.header, s.path)
-        if s.frames == 1 != _numbers(s.header, "NumberOfFrames", 1, s.path, 1)[0]: raise ScanError(f"{s.path} is no single-slice image: take it out of the folder")
+        if s.frames == 1 and _numbers(s.header, "NumberOfFrames", 1, s.path, 1)[0] != 1: raise ScanError(f"{s.path} is no single-slice image: take it out of the folder")
         if s.start == 0: raise ScanError(f"{s.path} has no pixel data: fetch the file again or take it out of the folder")
         size = rows * columns * bits // 8
         if s.end < 0 or not _packed(s.header) and s.end - s.start < size * s.frames:
@@ -873,7 +873,7 @@ def _check_zip(
     if len(members) > 50_000: raise ScanError(f"{path} holds {len(members)} files: unpack it yourself and point to the folder of one series")
     for member in members:
         name = member.filename.replace("\\", "/")
-        if name.startswith("/") or ".." in name.split("/") or ":" in name or "\0" in name: raise ScanError(f"{path} holds a file that would be unpacked outside its folder ({_short(ValueError(member.filename))}): do not trust this archive")
+        if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name) or "\0" in name: raise ScanError(f"{path} holds a file that would be unpacked outside its folder ({_short(ValueError(member.filename))}): do not trust this archive")
         if member.flag_bits & 1: raise ScanError(f"{path} is encrypted: unpack it with its password and point to the folder")
     if len({member.filename for member in members}) < len(members): raise ScanError(f"{path} holds several files of one name: unpack it yourself and point to the folder")
     total, packed = sum(member.file_size for member in members), path.stat().st_size
@@ -1001,15 +1001,31 @@ def _to_hu(
     return values.astype(np.int16 if whole else np.float32)
 
 # %% ../nbs/01_scan.ipynb #094f3fa5
+@contextlib.contextmanager
+def _alone(
+    path: Path, # Image file
+): # -> Path to read it by
+    "A `.nii.gz` file away from a `.nii` of the same name, whose voxels ITK would read in its place."
+    if _suffix(path) != ".nii.gz" or not path.with_name(path.name[:-3]).exists():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="mits-nii-") as folder:
+        place = Path(folder, "alone.nii.gz")
+        try: os.symlink(path.resolve(), place)
+        except OSError: shutil.copyfile(path, place)  # no links here
+        yield place
+
+# %% ../nbs/01_scan.ipynb #6bc4c9c7
 def _read_image(
     path: Path, # .mha, .mhd, .nrrd, .nii, .nii.gz
+    place: Path, # Where to read it, from `_alone`
 ) -> Scan:
     "Read an image file with SimpleITK. Raises `ScanError`."
     import SimpleITK as sitk
     try:
         with _no_stderr():
             reader = sitk.ImageFileReader()
-            reader.SetFileName(str(path))
+            reader.SetFileName(str(place))
             reader.ReadImageInformation()
             size, kind, components = reader.GetSize(), reader.GetPixelIDValue(), reader.GetNumberOfComponents()
     except RuntimeError as error:
@@ -1035,7 +1051,8 @@ def _read_image(
     hu = _to_hu(sitk.GetArrayViewFromImage(image), path)
     meta = {"format": _suffix(path)[1:], "path": str(path)}
     if marker := tags.get("MITS_NB_marker") or next((tags[key] for key in ("descrip", "ITK_FileNotes") if "mits_nb" in tags.get(key, "")), None): meta["marker"] = marker
-    return Scan(hu, image.GetSpacing()[::-1], image.GetOrigin(), np.array(image.GetDirection()).reshape(3, 3), Source(_suffix(path), str(path), tags=tags), meta)
+    try: return Scan(hu, image.GetSpacing()[::-1], image.GetOrigin(), np.array(image.GetDirection()).reshape(3, 3), Source(_suffix(path), str(path), tags=tags), meta)
+    except ScanError as error: raise ScanError(f"{path} has a damaged header: {error}") from error
 
 # %% ../nbs/01_scan.ipynb #fea5efef
 def read_scan(
@@ -1046,7 +1063,8 @@ def read_scan(
     "Read a 3-D CT scan. Raises `ScanError`: one sentence that says what is wrong, where, and what to do."
     path = Path(path)
     if not path.exists(): raise ScanError(f"{path} does not exist: check the path")
-    if path.is_file() and _suffix(path): return _read_image(path)
+    if path.is_file() and _suffix(path):
+        with _alone(path) as place: return _read_image(path, place)
     with _quiet():
         if not _is_zip(path): return _read_dicom(path, series_uid, regrid)
         with _unzipped(path) as folder: scan = _read_dicom(folder, series_uid, regrid)
