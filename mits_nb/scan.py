@@ -666,19 +666,19 @@ def _stored_pixels(
     *shape, bits, used, signed = _layout(header, path)
     kind = np.dtype(f"{'<' if header.original_encoding[1] else '>'}{'i' if signed else 'u'}{bits // 8}")
     count = math.prod(shape)
+    plain = not _packed(header) and not _syntax(header).is_deflated
     try:
-        if _packed(header):
-            with _opened(path) as buffer: planes = list(_unpack(buffer, slices, decode))
-        elif _syntax(header).is_deflated:
-            with _opened(path) as buffer: planes = [np.frombuffer(buffer[(at := s.start + s.frame * count * kind.itemsize):at + count * kind.itemsize], kind) for s in slices]
-        else: planes = (np.fromfile(path, kind, count, offset=s.start + s.frame * count * kind.itemsize) for s in slices)
-        done = 0
-        for done, plane in enumerate(planes, 1):
-            plane = plane.reshape(shape).astype(plane.dtype.newbyteorder("="), copy=False)
-            if used < 8 * plane.dtype.itemsize and (int(plane.max()) >= 1 << used - signed or int(plane.min()) < -(1 << used - 1)):
-                spare = 8 * plane.dtype.itemsize - used  # old files keep drawings in the bits above; the sign goes with the bits that count
-                plane = plane << spare >> spare
-            yield plane
+        with contextlib.nullcontext() if plain else _opened(path) as buffer:
+            begins, size, done = [s.start + s.frame * count * kind.itemsize for s in slices], count * kind.itemsize, 0
+            if plain: planes = (np.fromfile(path, kind, count, offset=at) for at in begins)
+            elif _packed(header): planes = _unpack(buffer, slices, decode)
+            else: planes = (np.frombuffer(buffer[at:at + size], kind) for at in begins)
+            for done, plane in enumerate(planes, 1):
+                plane = plane.reshape(shape).astype(plane.dtype.newbyteorder("="), copy=False)
+                if used < 8 * plane.dtype.itemsize and (int(plane.max()) >= 1 << used - signed or int(plane.min()) < -(1 << used - 1)):
+                    spare = 8 * plane.dtype.itemsize - used  # old files keep drawings in the bits above; the sign goes with the bits that count
+                    plane = plane << spare >> spare
+                yield plane
     except ScanError: raise
     except Exception as error:  # damaged bytes: pydicom and its decoders raise many kinds
         raise ScanError(f"{path} has truncated or damaged pixel data ({_short(error)}): fetch the file again") from error
@@ -754,7 +754,7 @@ def _fill_hu(
                 if not _fill_plane(volume[k], stored, *rescale[k]): return False
                 digests[k] = _digest(volume[k])
             return True
-        next(_stored_pixels([slices[k] for k in files[0]], decode))  # a packed file may claim any size: let one prove it before room is made for all
+        with contextlib.closing(_stored_pixels([slices[k] for k in files[0]], decode)) as first: next(first)  # a packed file may claim any size: let one prove it before room is made for all
         for kind in (np.int16, np.float32) if whole else (np.float32,):
             volume = np.empty((len(slices), *_layout(slices[0].header, slices[0].path)[:2]), dtype=kind)
             if all(map(fill, files)): return volume, tuple(digests)  # threads gain nothing: memory is the bottleneck
