@@ -18,17 +18,13 @@ from pathlib import Path
 import numpy as np
 
 MEMORY = """
-import re, sys
-from pathlib import Path
+import sys
 from mits_nb.core import peak_rss_mb
 from mits_nb.scan import read_scan
 import pydicom
-def peak():  # Linux: of this process alone; getrusage also counts the parent that it was forked from
-    status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\\s*(\\d+)", status.read_text())[1]) * 1024 / 1e6 if status.exists() else peak_rss_mb()
-before = peak()
+before = peak_rss_mb()
 scan = read_scan(sys.argv[1])
-print(before, peak())
+print(before * 2**20 / 1e6, peak_rss_mb() * 2**20 / 1e6)
 """
 
 

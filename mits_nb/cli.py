@@ -25,6 +25,7 @@ class DemoConfig:
     "Settings of one run of the chain."
     scan: str | None = None # DICOM folder or volume file; None makes a phantom
     series: str | None = None # DICOM series UID, where a folder holds several
+    regrid: bool = False # Interpolate a tilted or unevenly spaced series onto a straight grid instead of refusing it
     out: str = "outputs/demo" # Folder for report, metrics and scans
     seed: int = 0 # Seed of places, noise, protection and phantom
     preset: str = "tiny" # Which trained weights: names end in this word
@@ -110,7 +111,7 @@ def load_input(
     config: DemoConfig, # Settings
 ) -> Scan: # The real scan
     "Read the scan that was asked for, or make the phantom."
-    if config.scan is not None: return read_scan(config.scan, series_uid=config.series)
+    if config.scan is not None: return read_scan(config.scan, series_uid=config.series, regrid=config.regrid)
     from mits_nb.phantom import make_phantom
     return make_phantom(seed=config.seed, shape=config.phantom_shape, spacing=config.phantom_spacing)[0]
 
@@ -560,8 +561,9 @@ def mits_demo(
 ) -> int: # Exit code: 0, or 2 with one sentence on the error stream
     "Command `mits_demo`: forge, protect, detect and measure one chest CT."
     parser = argparse.ArgumentParser("mits_demo", description="Forge, protect, detect and measure a chest CT: one injection and one removal, on your scan or on the built-in phantom.")
-    parser.add_argument("--scan", help="folder of a DICOM series, or a .mha, .mhd, .nrrd or .nii.gz file (default: a phantom)")
+    parser.add_argument("--scan", help="folder or zip of a DICOM series, or a .mha, .mhd, .nrrd or .nii.gz file (default: a phantom)")
     parser.add_argument("--series", help="series UID, where the folder holds several series")
+    parser.add_argument("--regrid", action="store_true", help="interpolate a series with gantry tilt or uneven spacing onto a straight grid")
     parser.add_argument("--out", default=DemoConfig.out, help="folder for report.html, metrics.json and the scans (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="which trained weights (default: %(default)s, which ship with the package)")

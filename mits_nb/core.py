@@ -299,6 +299,7 @@ def peak_rss_mb() -> float: # Megabytes
     except ImportError:  # Windows keeps the peak elsewhere
         import psutil
         return psutil.Process().memory_info().peak_wset / 2**20
-    import sys
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    import re, sys
+    if Path("/proc/self/status").exists():  # Linux: getrusage would also count the process that this one was forked from
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()): return int(found[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
