@@ -9,7 +9,7 @@ __all__ = ['Nodule', 'Patient', 'draw_patient', 'cover', 'over', 'smooth_max', '
            'paint_gown', 'paint_middle', 'paint_lung', 'Tubes', 'tube_cover', 'great_vessels', 'grow_tree',
            'lung_targets', 'lung_trees', 'kernel_curve', 'noise_planes', 'ct_noise', 'streaks', 'nodule_cover',
            'grow_nodule', 'render_nodule', 'draw_nodule', 'place_nodules', 'render_anatomy', 'add_noise',
-           'make_phantom', 'chest_statistics', 'noise_spectrum']
+           'make_phantom', 'chest_statistics', 'noise_spectrum', 'realism', 'outside_range']
 
 # %% ../nbs/02_phantom.ipynb #d67cd37b
 import dataclasses, functools, itertools, logging, math, os
@@ -153,26 +153,36 @@ class Texture:
         grain: float, # Distance of the lattice points in mm
         reach: float = 105.0, # Half size of the cube it is defined in; beyond, it repeats
     ):
-        self.grain, self.n = grain, int(2 * reach / grain)
+        self.grain, self.n, self.axes, self.seen = grain, int(2 * reach / grain), {}, {}
         self.lattice = rng(seed, "texture", name).standard_normal((self.n,) * 3, dtype=np.float32)
 
-    def _weights(self, at: np.ndarray) -> np.ndarray: # (k,) mm -> (k, n) cubic B-spline weights
+    def _weights(self, at: np.ndarray): # (k,) mm -> (k, n) cubic B-spline weights, four in a row: sparse
+        from scipy.sparse import csr_array
         t = np.atleast_1d(at) / self.grain
-        i, w = np.floor(t).astype(int), np.zeros((np.size(at), self.n), np.float32)
-        f = t - i
-        for j, b in enumerate(((1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3)):
-            w[np.arange(len(t)), (i + j - 1) % self.n] += b / 6
-        return w / np.sqrt((w**2).sum(1, keepdims=True))  # unit variance everywhere
+        i = np.floor(t).astype(int)
+        f = (t - i).astype(np.float32)
+        w = np.stack([(1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3], 1)
+        w /= np.sqrt((w**2).sum(1, keepdims=True))  # unit variance everywhere
+        return csr_array((w.ravel(), ((i[:, None] + np.arange(-1, 3)) % self.n).ravel(), 4 * np.arange(len(t) + 1)), shape=(len(t), self.n))
 
     def slice(self,
         z: float, # One height in mm
         y: np.ndarray, # (h,) mm
         x: np.ndarray, # (w,) mm
     ) -> np.ndarray: # (h, w), about standard normal
-        "The field in one axial slice."
-        wz = self._weights(np.array([z]))[0]
-        planes = np.flatnonzero(wz)
-        return self._weights(y) @ np.tensordot(wz[planes], self.lattice[planes], 1) @ self._weights(x).T
+        "The field in one axial slice. The last few are kept, for several organs use the same one."
+        keys = y.tobytes(), x.tobytes()
+        key = (float(z), *keys)
+        if (found := self.seen.get(key)) is not None: return found
+        for k, at in zip(keys, (y, x)):
+            if k not in self.axes: self.axes[k] = self._weights(at)
+        wy, wx = (self.axes[k] for k in keys)
+        wz = self._weights(np.array([z]))
+        plane = np.tensordot(wz.data, self.lattice[wz.indices], 1)
+        out = np.ascontiguousarray((wx @ (wy @ plane).T).T)
+        while len(self.seen) > 7: self.seen.pop(next(iter(list(self.seen))), None)
+        self.seen[key] = out
+        return out
 
 # %% ../nbs/02_phantom.ipynb #0195f3c3
 TEXTURES = {"bulk": 12.0, "strand": 7.0, "bend": 45.0, "gland": 9.0, "patch": 16.0, "grain": 2.2, "lobule": 1.7, "hole": 5.0}  # name -> grain in mm: fat and muscle, breast, lung patches, bone, lung grain
@@ -312,7 +322,7 @@ class Grid:
         scale = min(scale, 1.12)
         z, y, x = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing))
         dz, dy, dx = spacing[0], spacing[1] / scale, spacing[2] / scale
-        edge = math.sqrt((1.25 if p.sharp else 1.75) ** 2 + (0.5 * (dy + dx)) ** 2)
+        edge = math.sqrt((1.3 if p.sharp else 1.9) ** 2 + (0.5 * (dy + dx)) ** 2)
         return cls((z - p.lift).astype(np.float32), (y / scale).astype(np.float32), (x / scale).astype(np.float32), (dz, dy, dx), edge, scale)
 
 # %% ../nbs/02_phantom.ipynb #5e4bbfcd
@@ -371,7 +381,7 @@ def paint_muscles(
         if rise <= 0: continue
         thick = thick * build * grow.get(name, 1.0) * (0.35 + 0.65 * rise)
         middle = d0 + tilt * (a - a0) + (0 if name == "intercostal" else 2.2 * w)
-        q = np.sqrt(((a - a0) / half) ** 4 + ((d - middle) / thick) ** 2)
+        q = np.sqrt(np.square(np.square((a - a0) / half)) + np.square((d - middle) / thick))
         nearest = np.minimum(nearest, (q - 1) * np.float32(thick) + 0.7 * b)
     along = np.radians(90 - a)  # the long muscles of the back, one on each side of the spine
     across, back = np.abs(np.sin(along)) * (d + 93) - 20, d - 10
@@ -824,7 +834,7 @@ def streaks(
 # %% ../nbs/02_phantom.ipynb #dbd026e8
 KINDS = {  # kind -> (HU of the body, HU of the core, core's share of the diameter, lobulation, number of spikes)
     "solid": (30, 30, 0.0, 0.07, 0), "spiculated": (35, 35, 0.0, 0.14, 34), "calcified": (60, 420, 0.6, 0.04, 0),
-    "part-solid": (-560, 25, 0.55, 0.10, 0), "ground-glass": (-600, -600, 0.0, 0.12, 0)}
+    "part-solid": (-540, 40, 0.6, 0.10, 0), "ground-glass": (-600, -600, 0.0, 0.12, 0)}
 
 # %% ../nbs/02_phantom.ipynb #2e4b6ec0
 SHAPES = {"smooth": (0.05, 0), "lobulated": (0.24, 0), "spiculated": (0.14, 34)}  # shape -> (lobulation, number of spikes)
@@ -893,7 +903,7 @@ def grow_nodule(
     target = body + (45 if body < -300 else 14) * texture
     if share:  # a core that is not quite in the middle, of another shape and with a softer edge
         off = rng(seed, "nodule core").uniform(-0.07, 0.07, 3) * diameter_mm
-        target = target + shape(diameter_mm * share, 0.22 if body < -300 else 0.15, 0, off, 1.4 if body < -300 else 1.0, seed + 1) * (core - body)
+        target = target + shape(diameter_mm * share, 0.22 if body < -300 else 0.15, 0, off, 1.2 if body < -300 else 1.0, seed + 1) * (core - body)
     limit = 3 * 1.4826 * float(np.median(np.abs(part - median_filter(part, (1, 3, 3)))))  # lets noise through, but no vessel
     clean = part - np.clip(part - gaussian_filter(part, (0, 1.5, 1.5)), -limit, limit)
     part += alpha * np.maximum(target - clean, 0)
@@ -1163,3 +1173,29 @@ def noise_spectrum(
         spectra.append((np.bincount(ring, power.ravel()) / np.bincount(ring))[:half + 1])
     power = np.median(spectra, axis=0)  # the median: a fat line in a few of the squares does no harm
     return np.arange(half + 1) / (patch * spacing[1]), power / power.max(), float(np.median(sds)), len(sds)
+
+# %% ../nbs/02_phantom.ipynb #c0b225aa
+def realism(
+    hu: np.ndarray, # (z, y, x) HU of a chest
+    spacing: tuple, # (z, y, x) mm
+    slices: int = 6, # How many slices to look at
+) -> dict: # Numbers by name
+    "The numbers by which phantoms and real scans are compared: `chest_statistics`, the spread of lung HU, and the frequency where the noise power peaks."
+    s = chest_statistics(hu, spacing, slices)
+    f, power, _, _ = noise_spectrum(hu[::max(1, len(hu) // 8)], spacing)
+    return {**s, "lung_spread_hu": s["lung_p95_hu"] - s["lung_p5_hu"], "nps_peak": float(f[power.argmax()])}
+
+# %% ../nbs/02_phantom.ipynb #22fdc05c
+def outside_range(
+    ours: list, # One dict of `realism` per phantom
+    real: list, # One dict per real scan
+    slack: float = 0.2, # Share of the real range that a phantom may lie outside it
+    keys: tuple = ("lung_median_hu", "lung_spread_hu", "noise_air_hu", "noise_soft_hu", "nps_peak", "vessel_percent", "gradient_p50", "gradient_p90", "gradient_p99"),
+) -> dict: # name -> (low, high, smallest, largest of ours), only of what lies outside
+    "What in the phantoms lies outside `[min - slack * range, max + slack * range]` of the real scans, range = max - min. An empty dict is good news."
+    out = {}
+    for key in keys:
+        values, low, high = [s[key] for s in ours], min(s[key] for s in real), max(s[key] for s in real)
+        low, high = low - slack * (high - low), high + slack * (high - low)
+        if not low <= min(values) <= max(values) <= high: out[key] = (low, high, min(values), max(values))
+    return out
