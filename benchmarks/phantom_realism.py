@@ -42,7 +42,7 @@ def accuracy(train, test, steps, seed=0):
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.BatchNorm2d(16), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.BatchNorm2d(32), nn.Conv2d(32, 48, 3, 2, 1), nn.ReLU(),
                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(48, 1))
-    task, r = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2), np.random.default_rng(seed)
+    task, r = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=1e-2), np.random.default_rng(seed)
     for _ in range(steps):
         x = np.concatenate([t[r.integers(len(t), size=32)] for t in train])
         if r.random() < 0.5: x = x[..., ::-1].copy()
@@ -58,7 +58,7 @@ def accuracy(train, test, steps, seed=0):
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    a.add_argument("--out"), a.add_argument("--steps", type=int, default=120), a.add_argument("--skip-cost", action="store_true")
+    a.add_argument("--out"), a.add_argument("--steps", type=int, default=200), a.add_argument("--skip-cost", action="store_true")
     args, folder = a.parse_args(), data_folder()
     if folder is None: sys.exit("no real scans: set MITS_DATA to the folder that holds them")
     real = [read_scan(folder / f) for f in REAL]

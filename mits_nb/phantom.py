@@ -523,7 +523,7 @@ def paint_gown(
     lift = p.gown * (0.45 + 0.35 * slow + 0.12 * bulk)
     for n, share in enumerate((1.0, 0.55)):
         fold = np.abs(body - np.maximum(share * lift, 1.5)) - 0.15
-        over(hu, -840.0 - 40 * n, cover(fold, g.edge) * front * 0.45 * (body > 1))
+        over(hu, -640.0 - 120 * n, cover(fold, g.edge) * np.clip(front, 0, 1) * (body > 1))
 
 # %% ../nbs/02_phantom.ipynb #eac3fa6f
 def paint_middle(
