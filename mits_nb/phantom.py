@@ -969,7 +969,7 @@ def place_nodules(
                 at = (thick.a[r.integers(len(thick.a))][::-1] + way / np.linalg.norm(way) * 0.85 * radius / g.scale - first) / step
             z, y, x = first + at * step
             deep = -float(lung_distance(p, np.array([x]), np.array([y]), np.array([z]))[0]) * g.scale
-            ok = 0.25 * radius < deep < 0.8 * radius if attached == "pleura" else deep > radius + (1 if attached == "vessel" else 3)
+            ok = 0.55 * radius < deep < 0.85 * radius if attached == "pleura" else deep > radius + (1 if attached == "vessel" else 3)
             if ok and (at >= margin).all() and (at <= shape - 1 - margin).all() and all(np.linalg.norm(mm_of(at) - mm_of(np.array(o[0]))) > radius + 0.5 * o[1] + 12 for o in out): break
         else:
             log.info("no room for nodule %d of %d in this field of view", i + 1, n)
