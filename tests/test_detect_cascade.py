@@ -264,15 +264,18 @@ def test_shipped_cascade_loads_and_is_small():
     assert cascade.record["history"]["rows"] and "Measured" in cascade.record["card"]
 
 
-def test_shipped_cascade_finds_an_injection_in_a_real_scan(data_dir):
+def test_shipped_cascade_tells_forged_slices_of_a_real_scan(data_dir):
+    "Slices before and after forging, over four forgeries in three parts of a scan that was never trained on: one alone is too noisy to judge by."
     from mits_nb.attack.ctgan import CTGAN
     from mits_nb.metrics import roc_auc
     from mits_nb.scan import read_scan
-    scan = read_scan(data_dir / "LIDC-IDRI-0003.mha")
-    part = replace(scan, hu=scan.hu[10:26], source=None)
-    source, cascade = Source.of("part", part, []), Cascade.from_pretrained("cascade-tiny")
-    forged = forge_round(part, CTGAN.from_pretrained("ctgan-tiny"), 2, 0, source.mask, source.nodules)
-    truth = slice_truth(forged)
-    before, after = (cascade.inspect(s.hu[truth], False) for s in (part, forged))
-    p = [s["probability"] for r in (before, after) for s in r.slices]
-    assert roc_auc(p, [False] * truth.sum() + [True] * truth.sum()) > .8
+    scan, attacker, cascade, auc = read_scan(data_dir / "LIDC-IDRI-0003.mha"), CTGAN.from_pretrained("ctgan-tiny"), Cascade.from_pretrained("cascade-tiny"), []
+    for seed, first in enumerate((10, 10, 20, 26)):
+        part = replace(scan, hu=scan.hu[first:first + 16], source=None)
+        source = Source.of("part", part, [])
+        forged = forge_round(part, attacker, 2, seed, source.mask, source.nodules)
+        truth = slice_truth(forged)
+        before, after = (cascade.inspect(s.hu[truth], False) for s in (part, forged))
+        p = [s["probability"] for r in (before, after) for s in r.slices]
+        auc.append(roc_auc(p, [False] * truth.sum() + [True] * truth.sum()))
+    assert np.mean(auc) > .8, auc

@@ -75,9 +75,11 @@ class CascadeConfig:
     slices: int = 5 # Slices of each place; paper 5
     protected: float = .35 # Share of rounds on a scan that the protector has changed, so that protection alone raises no alarm
     perturbed: float = .15 # Share of rounds on a scan with other faint noise, for protectors never seen
+    lessons: int = 3 # Of the first stage: one on forgeries, the others with the false alarms of the one before
+    strangers: int = 40 # Further phantoms, never forged, searched for false alarms from the third lesson on
     global_rounds: int = 6 # Rounds per real scan for the second stage
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": dict(levels=32, components=16, log_counts=True, floor=.5, phantoms=6, phantom_shape=(22, 512, 512), rounds=8, phantom_rounds=3, slices=4, global_rounds=3),
+        "tiny": dict(levels=32, components=16, log_counts=True, floor=.5, phantoms=6, phantom_shape=(22, 512, 512), rounds=8, phantom_rounds=3, slices=4, lessons=2, strangers=5, global_rounds=3),
         "full": {}}
 
 # %% ../../nbs/17_detect.cascade.ipynb #f146e133
@@ -582,21 +584,23 @@ def train_first_stage(
     seed: int, # Same seed, same network
     work: Path, # For checkpoints
     protector=None, # `MitsGAN`; None: nothing protected among the examples
+    strangers: Iterable[tuple[str, Any]] = (), # (name, call that gives a `Source`): never forged, looked at from the third lesson on
 ) -> tuple[Detector, list[dict], dict]: # Network, rows of the history, number of patches by kind
-    "Two lessons: forged and unforged places; then the same, and the places of unforged scans that fooled the network in the first."
+    "A lesson on forged and unforged places; then lessons on the same, and on the places of unforged scans that fool the network now."
     patches = build_patches(sources, attacker, config, seed, protector)
-    net, one = train_detector(patches, first, None, seed, work / "lesson-1")
-    alarms = []
-    for name, load, _ in progress(sources, desc="looking for false alarms"):
-        scan = load().scan
-        part = replace(scan, hu=scan.hu[seed % 2::2], source=None)
-        alarms += [false_alarms(net, scan), false_alarms(net, perturbed_scan(replace(part, hu=part.hu[::2]), seed), 30)]
-        if protector is not None: alarms.append(false_alarms(net, protected_scan(part, protector, seed), 80))
-    patches = PatchSet.joined([patches, *alarms])
-    second = replace(first, steps=first.steps // 2, lr=first.lr * .4)
-    net, two = train_detector(patches, second, None, seed + 1, work / "lesson-2", net=net)
-    rows = one.rows + [row | {"step": row["step"] + first.steps} for row in two.rows]
-    return net, rows, {name: int((patches.kind == k).sum()) for k, name in enumerate(("clean", "paired", "rim", "forged", "hard"))}
+    net, history = train_detector(patches, first, None, seed, work / "lesson-1")
+    rows, seen, later = list(history.rows), patches, replace(first, steps=first.steps // 2, lr=first.lr * .4)
+    for lesson in range(2, config.lessons + 1):
+        honest, alarms, key = [s[:2] for s in sources] + (list(strangers) if lesson > 2 else []), [], seed + lesson - 2
+        for name, load in progress(honest, desc=f"looking for false alarms, lesson {lesson}"):
+            scan = load().scan
+            part = replace(scan, hu=scan.hu[key % 2::2], source=None)
+            alarms += [false_alarms(net, scan), false_alarms(net, perturbed_scan(replace(part, hu=part.hu[::2]), key), 30)]
+            if protector is not None: alarms.append(false_alarms(net, protected_scan(part, protector, key), 80))
+        seen = PatchSet.joined([patches, *alarms])
+        net, history = train_detector(seen, later, None, seed + lesson - 1, work / f"lesson-{lesson}", net=net)
+        rows += [row | {"step": row["step"] + first.steps + (lesson - 2) * later.steps} for row in history.rows]
+    return net, rows, {name: int((seen.kind == k).sum()) for k, name in enumerate(("clean", "paired", "rim", "forged", "hard"))}
 
 # %% ../../nbs/17_detect.cascade.ipynb #35699bb9
 @dataclass(frozen=True)
@@ -766,7 +770,7 @@ def train_cascade(
     if not real: log.warning("no real scans found, learning from phantoms only: set MITS_DATA, or give data")
     def phantoms(start, n): return [(f"phantom-{start + i}", lambda s=start + i: phantom_source(s, config.phantom_shape)) for i in range(n)]
     learn = [(*s, config.rounds) for s in real] + [(*s, config.phantom_rounds) for s in phantoms(1200, config.phantoms)]
-    net, rows, patches = train_first_stage(learn, attacker, config, first, seed, work, protector)
+    net, rows, patches = train_first_stage(learn, attacker, config, first, seed, work, protector, phantoms(1400, config.strangers))
     judge = [(*s, config.global_rounds) for s in real + phantoms(1300, max(1, config.phantoms // 2 + 1))]
     slices = build_heatmaps(net, judge, attacker, config, seed + 2, protector)
     svm, calibration, grid = train_svm(features_of(slices, config), slices.tampered, slices.scan, config, seed)
