@@ -803,7 +803,9 @@ def _padding_hu(
 ) -> tuple[float, float] | None: # (least, largest) HU that mean "nothing was measured here"; None where the header does not say
     "The padding value in HU. Its bits count as the pixels do, whatever sign the header gives it (LIDC-IDRI-0001: 63536 with signed pixels)."
     try: values = [int(np.ravel(header[k].value)[0]) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit") if k in header and header[k].value not in (None, "")]
-    except Exception: return None  # unreadable: as good as absent
+    except Exception as error:  # pydicom raises many kinds on damaged bytes; a scan without padding is still a scan
+        log.info("%s has an unreadable padding value (%s): its padding is not marked", path, _short(error))
+        return None
     _, _, bits, _, signed = _layout(header, path)
     slope, intercept = _rescale(header, path)
     stored = [value % 2**bits - 2**bits * (signed and value % 2**bits >= 2**(bits - 1)) for value in values]
