@@ -104,7 +104,7 @@ def has_amx() -> bool: # True where the CPU has matrix tiles for bfloat16
 class Compute:
     "Where and in which precision networks run."
     device: "torch.device" # `cpu`, `cuda`, `mps`
-    dtype: "torch.dtype" # Number format of matrix products: float32 or bfloat16
+    dtype: "torch.dtype" # Number format of matrix products: float32, bfloat16 or float16
     why: str # One line for the reader
 
     def autocast(self):
@@ -115,7 +115,7 @@ class Compute:
 # %% ../nbs/00_core.ipynb #01b19d5e
 def pick_compute(
     device: str | None = None, # `"cpu"`, `"cuda"`, ...; None chooses CUDA where there is one
-    precision: str | None = None, # `"fp32"` or `"bf16"`; None chooses bf16 where the hardware has matrix units for it
+    precision: str | None = None, # `"fp32"`, `"bf16"` or `"fp16"`; None chooses bf16 where the hardware has matrix units for it, else fp32
 ) -> Compute:
     "Choose device and precision once, and say why in one line. Raises `UsageError` for a device or precision that is not there."
     import torch
@@ -124,11 +124,13 @@ def pick_compute(
     try: chosen = torch.device(name)
     except RuntimeError as error: raise UsageError(f"unknown device {name!r}: use 'cpu' or 'cuda'") from error
     if chosen.type == "cuda" and found != "cuda": raise UsageError("device 'cuda' asked for, but torch sees no CUDA device here: use 'cpu'")
-    if precision not in (None, "fp32", "bf16"): raise UsageError(f"unknown precision {precision!r}: use 'fp32' or 'bf16'")
-    matrix_units = has_amx() if chosen.type == "cpu" else chosen.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = torch.bfloat16 if (precision == "bf16" or (precision is None and matrix_units)) else torch.float32
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in (None, *formats): raise UsageError(f"unknown precision {precision!r}: use 'fp32', 'bf16' or 'fp16'")
+    # older GPUs only imitate bf16, slower than float32: that does not count
+    matrix_units = has_amx() if chosen.type == "cpu" else chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = formats[precision or ("bf16" if matrix_units else "fp32")]
     where = "no CUDA device found, running on the CPU" if chosen.type == "cpu" and device is None else f"running on {chosen}"
-    return Compute(chosen, dtype, f"{where} in {'bfloat16' if dtype == torch.bfloat16 else 'float32'}")
+    return Compute(chosen, dtype, f"{where} in {str(dtype).removeprefix('torch.')}")
 
 # %% ../nbs/00_core.ipynb #dfc83361
 PRESETS = ("tiny", "full")

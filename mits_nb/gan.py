@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'minimax_losses', 'nonsaturating_losses', 'lsgan_losses', 'bce_d_loss', 'minimax_g_loss',
            'nonsaturating_g_loss', 'lsgan_d_loss', 'lsgan_g_loss', 'GanLosses', 'bare', 'frozen', 'Task', 'History',
-           'prepared', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'resume_from', 'every', 'own_random_state',
-           'fit']
+           'prepared', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'resume_from', 'every', 'patience',
+           'Snapshots', 'tensorboard_log', 'own_random_state', 'fit']
 
 # %% ../nbs/06_gan.ipynb #c7708dc1
 import hashlib, logging, math, re, shutil, warnings
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import Compute, DataError, TrainError, UsageError, WeightsError
-from .core import atomic_dir, pick_compute, progress as progress_bar, read_json, torch_rng, write_json
+from .core import atomic_dir, atomic_write, pick_compute, progress as progress_bar, read_json, torch_rng, write_json
 
 # %% ../nbs/06_gan.ipynb #53127393
 log = logging.getLogger("mits_nb")
@@ -104,6 +104,8 @@ class Task:
     Call networks as `self.networks[name]`: under several processes `fit` puts a wrapped network there for the time of the training.
     """
     step = 0 # Updates done so far; `fit` sets it, so a learning rate may depend on it and still be exact after a resume
+    main = True # Is this the process that writes files? `fit` sets it; callbacks that write should ask
+    scaler = None # Loss scale of a float16 training; `fit` sets it, and keeps it in the checkpoints
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class Task:
         batch: Any, # What `batches` returned, on the device
         backward: Callable[[Tensor], None], # Use it in place of `loss.backward()`
     ) -> dict[str, Tensor]: # Named scalars for the history
-        "One step: forward, `backward(loss)`, `step()` of each optimiser, `zero_grad()`."
+        "One step: forward, then for one loss after the other `backward(loss)`, `step()` of its optimiser, `zero_grad()`."
         raise NotImplementedError(f"{type(self).__name__} has no update()")
 
     def validate(self) -> dict[str, float]: # Named numbers for the history
@@ -204,7 +206,7 @@ def _plot_rows(
     plt.close(fig)  # the notebook shows the returned figure once, not twice
     return fig
 
-# %% ../nbs/06_gan.ipynb #b969a629
+# %% ../nbs/06_gan.ipynb #0a9f24ea
 def _accelerator(
     compute: Compute, # Device and precision
 ) -> "accelerate.Accelerator":
@@ -212,10 +214,13 @@ def _accelerator(
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state(reset_partial_state=True)  # an open process group is found again, not opened twice
-    precision = {torch.float32: "no", torch.bfloat16: "bf16"}[compute.dtype]
+    precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[compute.dtype]
     # two discriminator passes before one backward: buffers must not be overwritten by a broadcast in between
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(cpu=compute.device.type == "cpu", mixed_precision=precision, kwargs_handlers=[ddp])
+    accelerator = Accelerator(cpu=compute.device.type == "cpu", mixed_precision=precision, kwargs_handlers=[ddp])
+    if precision == "fp16" and compute.device.type == "cpu":  # Accelerate leaves float16 to GPUs; here it runs, slowly, for study and tests
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    return accelerator
 
 # %% ../nbs/06_gan.ipynb #f859008f
 def _move(
@@ -241,6 +246,7 @@ def prepared(
 ) -> Iterator["accelerate.Accelerator"]:
     "Lend the task's networks to Accelerate for the time of the block, and hand them back plain: same modules, float32, on the device they came from."
     accelerator = _accelerator(compute)
+    optimizers = dict(task.optimizers)
     lent = [(group, name, net, next((p.device for p in net.parameters()), compute.device), net.__dict__.get("forward"))
             for group in (task.networks, task.frozen) for name, net in group.items()]
     try:
@@ -251,8 +257,15 @@ def prepared(
                 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in every torch we support
                 group[name] = accelerator.prepare_model(net, evaluation_mode=group is task.frozen)
         _follow(task.optimizers)
+        task.main, task.scaler = accelerator.is_main_process, accelerator.scaler
+        if accelerator.scaler is not None:
+            for name, optimizer in optimizers.items(): task.optimizers[name] = accelerator.prepare_optimizer(optimizer)
         yield accelerator
     finally:
+        task.main, task.scaler = True, None
+        for name, optimizer in optimizers.items():
+            if task.optimizers.get(name) is not optimizer: optimizer.__dict__.pop("step", None)  # the scaler's, left on the instance
+            task.optimizers[name] = optimizer
         for group, name, net, home, forward in lent:
             group[name] = net
             for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"): net.__dict__.pop(attribute, None)
@@ -273,6 +286,7 @@ def _flatten(
         for index, values in state["state"].items():
             tensors |= {f"optimizer/{name}/{index}/{key}": value for key, value in values.items() if torch.is_tensor(value)}
             plain[name]["state"][str(index)] = {key: value for key, value in values.items() if not torch.is_tensor(value)}
+    if task.scaler is not None: plain["loss scale"] = task.scaler.state_dict()  # plain numbers
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}, plain
 
 # %% ../nbs/06_gan.ipynb #332c12d9
@@ -287,6 +301,8 @@ def _unflatten(
     def refuse(what): raise WeightsError(f"{where} does not fit this task: {what}; give another folder, or resume=False to start anew")
     saved = {key.split("/")[1] for key in tensors if key.startswith("network/")}
     if saved - set(task.networks): refuse(f"it holds networks {sorted(saved)}, the task has {sorted(task.networks)}")
+    plain = dict(plain)
+    scale = plain.pop("loss scale", None)
     if set(plain) != set(task.optimizers): refuse(f"it holds optimisers {sorted(plain)}, the task has {sorted(task.optimizers)}")
     for name, net in task.networks.items():  # look at everything before anything is changed
         have, want = part(f"network/{name}/"), bare(net).state_dict()
@@ -303,6 +319,7 @@ def _unflatten(
                   for group in plain[name]["param_groups"]]
         try: optimizer.load_state_dict({"state": state, "param_groups": groups})
         except ValueError as error: refuse(f"optimiser {name!r}: {error}")
+    if task.scaler is not None and scale is not None: task.scaler.load_state_dict(scale)  # None: trained so far in another precision
 
 # %% ../nbs/06_gan.ipynb #f1dbdc1f
 def checkpoints(
@@ -331,6 +348,14 @@ def save_checkpoint(
                                               "optimizers": plain, "rows": history.rows})
     for old in checkpoints(out)[:-keep]: shutil.rmtree(old)
     return folder
+
+# %% ../nbs/06_gan.ipynb #cf1347f7
+def _tidy(
+    folder: Path, # Folder of checkpoints
+    everything: bool, # The checkpoints too, or only what a killed process left half-written?
+) -> None:
+    "Remove unfinished checkpoints: a process that is killed in the middle of a write cannot clean up after itself."
+    for path in [folder] if everything else folder.glob(".tmp-*"): shutil.rmtree(path, ignore_errors=True)
 
 # %% ../nbs/06_gan.ipynb #87e6f265
 def read_checkpoint(
@@ -383,6 +408,29 @@ def _numbers(
         if not math.isfinite(value): raise TrainError(f"loss {name!r} is {value} after step {step}: lower the learning rate, or train in float32")
     return numbers
 
+# %% ../nbs/06_gan.ipynb #11402f94
+def _agree(
+    task: Task, # What is trained
+    accelerator: "accelerate.Accelerator", # Averages over processes
+) -> None:
+    "Several processes: average the running statistics, which gradients do not keep equal. One process: nothing to do."
+    if accelerator.num_processes == 1: return
+    buffers = [b for net in task.networks.values() for b in bare(net).buffers() if b.is_floating_point()]
+    if not buffers: return
+    mean = accelerator.reduce(torch.cat([b.detach().flatten() for b in buffers]), reduction="mean")
+    for buffer, values in zip(buffers, mean.split([b.numel() for b in buffers])): buffer.copy_(values.view_as(buffer))
+
+# %% ../nbs/06_gan.ipynb #15d13eea
+def _validated(
+    task: Task, # What is trained
+    accelerator: "accelerate.Accelerator", # Averages over processes
+) -> dict[str, float]: # Plain numbers, the same in every process, so that all of them stop early together
+    "What `task.validate()` measures, mean over all processes."
+    with task.evaluating(): numbers = {name: float(value) for name, value in task.validate().items()}
+    if accelerator.num_processes == 1 or not numbers: return numbers
+    values = torch.tensor(list(numbers.values()), dtype=torch.float32, device=accelerator.device)
+    return dict(zip(numbers, accelerator.reduce(values, reduction="mean").tolist()))
+
 # %% ../nbs/06_gan.ipynb #9004b8d1
 def every(
     n: int, # Steps between two calls
@@ -391,6 +439,129 @@ def every(
     "Thin out a callback for `fit`."
     def callback(step, task, history):
         if step % n == 0: f(step, task, history)
+    return callback
+
+# %% ../nbs/06_gan.ipynb #77cdb3a0
+def patience(
+    name: str, # A value of the history, e.g. one that `validate` returns
+    rows: int = 5, # How many values in a row may pass without gain
+    min_delta: float = 0., # A gain smaller than this does not count
+    best: str = "min", # "min": smaller is better; "max": larger is better
+) -> Callable[[History], bool]: # For `fit(stop=...)`
+    "Early stop: True when the last `rows` values of the history brought no gain over the best one before. Looks at the history only, so it survives a resume."
+    if best not in ("min", "max") or rows < 1 or not min_delta >= 0:
+        raise UsageError(f"patience cannot do rows={rows}, min_delta={min_delta}, best={best!r}: use rows >= 1, min_delta >= 0, and 'min' or 'max'")
+    def stop(history):
+        record, since = math.inf, 0
+        for value in history[name]:
+            value = value if best == "min" else -value
+            gain = value < record - min_delta
+            record, since = (value, 0) if gain else (record, since + 1)
+        return since >= rows
+    return stop
+
+# %% ../nbs/06_gan.ipynb #45acd0d6
+def _strip(
+    pictures: dict[str, "numpy.ndarray"], # Name -> (k, H, W)
+    gap: float, # Value of the lines between them
+) -> "numpy.ndarray": # (rows, columns) of one large picture
+    "One large picture: examples below each other, names side by side."
+    import numpy as np
+    columns = [np.concatenate([np.pad(p, ((1, 1), (1, 1)), constant_values=gap) for p in stack]) for stack in pictures.values()]
+    return np.concatenate(columns, axis=1)
+
+# %% ../nbs/06_gan.ipynb #b766f06d
+class Snapshots:
+    "A callback that keeps pictures as training goes: after step 1 and every `n` steps."
+    def __init__(
+        self,
+        n: int, # Steps between two snapshots
+        draw: Callable[[Task], dict[str, Any]], # (task) -> pictures by name, each (k, H, W) or (H, W); runs in evaluation mode without gradients
+        folder: str | Path | None = None, # Also write `step-00000100.png` there; None keeps them in memory only
+        window: tuple[float, float] | None = None, # Values drawn black and white; None for the smallest and largest that occur
+    ):
+        if n < 1: raise UsageError(f"Snapshots cannot act every {n} steps: use a number from 1 on")
+        self.n, self.draw, self.folder, self.window = n, draw, folder and Path(folder), window
+        self.taken: dict[int, dict[str, Any]] = {} # Step -> name -> float32 array (k, H, W)
+
+    def __call__(self, step: int, task: Task, history: History) -> None:
+        if task.main and (step == 1 or step % self.n == 0): self.take(step, task)
+
+    def take(
+        self,
+        step: int, # Updates done
+        task: Task, # What is trained
+    ) -> dict[str, Any]: # Name -> float32 array (k, H, W)
+        "Draw now. Raises `UsageError` for pictures of other shapes, `OutputError` when the file cannot be written."
+        with task.evaluating(): drawn = {name: torch.as_tensor(p).detach().float().cpu().numpy() for name, p in self.draw(task).items()}
+        drawn = {name: p[None] if p.ndim == 2 else p for name, p in drawn.items()}
+        if not drawn or any(p.ndim != 3 for p in drawn.values()) or len({p.shape[:2] for p in drawn.values()}) > 1:
+            raise UsageError(f"draw() returned pictures of shapes { {name: p.shape for name, p in drawn.items()} }: it must return (k, H, W) or (H, W), the same k and H for all names")
+        self.taken[step] = drawn
+        if self.folder is not None:
+            import matplotlib.pyplot as plt
+            low, high = self.window or (min(p.min() for p in drawn.values()), max(p.max() for p in drawn.values()))
+            with atomic_write(self.folder / f"step-{step:08d}.png") as file: plt.imsave(file, _strip(drawn, high), cmap="gray", vmin=low, vmax=high)
+        return drawn
+
+    def plot(
+        self,
+        steps: list[int] | None = None, # Which snapshots; None for all
+        size: float = 1.1, # Height of one picture in inches
+        cmap: str = "gray", # Colours
+        title: str = "", # Title of the picture
+    ) -> "matplotlib.figure.Figure":
+        "One row per example. What never changes is drawn once, left or right of what does; what changes is drawn once per step."
+        return _plot_snapshots({step: self.taken[step] for step in steps or sorted(self.taken)}, self.window, size, cmap, title)
+
+# %% ../nbs/06_gan.ipynb #c1594b5f
+def _plot_snapshots(
+    taken: dict[int, dict[str, Any]], # Step -> name -> (k, H, W)
+    window: tuple[float, float] | None, # Values drawn black and white
+    size: float, # Height of one picture in inches
+    cmap: str, # Colours
+    title: str, # Title of the picture
+) -> "matplotlib.figure.Figure":
+    "The picture behind `Snapshots.plot`."
+    import matplotlib.pyplot as plt
+    import numpy as np
+    if not taken: raise UsageError("there are no snapshots to plot: train first, or call take()")
+    first, *rest = taken.values()
+    names = list(first)
+    moving = [name for name in names if any(not np.array_equal(first[name], other[name]) for other in rest)] or names[-1:]
+    before, after = names[:names.index(moving[0])], [name for name in names[names.index(moving[0]):] if name not in moving]
+    columns = [(name, first[name]) for name in before]
+    columns += [(f"{name}\nstep {step}" if len(moving) > 1 or before or after else f"step {step}", drawn[name]) for name in moving for step, drawn in taken.items()]
+    columns += [(name, first[name]) for name in after]
+    values = [p for _, stack in columns for p in (stack.min(), stack.max())]
+    low, high = window or (min(values), max(values))
+    k, shape = len(columns[0][1]), columns[0][1].shape[1:]
+    fig, axes = plt.subplots(k, len(columns), figsize=(size * len(columns) * shape[1] / shape[0], size * k + .4), squeeze=False, layout="constrained")
+    for column, (name, stack) in zip(axes.T, columns):
+        column[0].set_title(name, fontsize=8)
+        for ax, picture in zip(column, stack):
+            ax.imshow(picture, cmap=cmap, vmin=low, vmax=high)
+            ax.set(xticks=[], yticks=[])
+    if title: fig.suptitle(title, fontsize=10)
+    plt.close(fig)  # the notebook shows the returned figure once, not twice
+    return fig
+
+# %% ../nbs/06_gan.ipynb #95431c9e
+def tensorboard_log(
+    folder: str | Path, # Where TensorBoard's event files go
+) -> Callable[[int, Task, History], None]: # For `fit(callbacks=...)`
+    "A callback that writes each new row of the history for TensorBoard. Raises `UsageError` where the package is missing."
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("tensorboard_log needs the package tensorboard: pip install 'mits_nb[tensorboard]', or leave it out, history.json holds the same figures") from error
+    writer = None
+    def callback(step, task, history):
+        nonlocal writer
+        if not task.main or not history.rows or history.rows[-1]["step"] != step: return
+        if writer is None: writer = SummaryWriter(str(folder), purge_step=step)  # after a resume: forget what the lost steps had written
+        for name, value in history.rows[-1].items():
+            if name != "step": writer.add_scalar(name, value, step)
+        writer.flush()
     return callback
 
 # %% ../nbs/06_gan.ipynb #c705797c
@@ -429,7 +600,7 @@ def fit(
     if steps < 0 or log_every < 1: raise UsageError(f"fit cannot do steps={steps} with log_every={log_every}: use steps >= 0 and log_every >= 1")
     with prepared(task, compute or pick_compute()) as accelerator, own_random_state(accelerator.device) as reseed:
         device, rank, main = accelerator.device, accelerator.process_index, accelerator.is_main_process
-        if out is not None and not resume and main: shutil.rmtree(Path(out) / "checkpoints", ignore_errors=True)
+        if out is not None and main: _tidy(Path(out) / "checkpoints", everything=not resume)
         accelerator.wait_for_everyone()
         history, done = resume_from(task, out, steps, seed) if out is not None else (History(), 0)
         if out is not None and main: history.save(Path(out) / "history.json")  # fails here, not hours later, where the folder cannot be written
@@ -440,14 +611,14 @@ def fit(
                 reseed(torch_rng(seed, "step", done, rank))  # dropout and noise of this step
                 batch = send_to_device(batches(done, torch_rng(seed, "batch", done, rank)), device)
                 losses = task.update(batch, accelerator.backward)
+                _agree(task, accelerator)
                 done += 1
                 finished = done == steps
                 checkpoint = out is not None and (finished or bool(checkpoint_every) and done % checkpoint_every == 0)
                 logged = finished or done % log_every == 0
                 validated = finished or bool(validate_every) and done % validate_every == 0
                 if logged or validated or checkpoint: row = {"step": done} | _numbers(losses, accelerator, done)
-                if validated:
-                    with task.evaluating(): row |= {name: float(value) for name, value in task.validate().items()}
+                if validated: row |= _validated(task, accelerator)
                 if logged or validated:
                     history.rows.append(row)
                     bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "step"}, refresh=False)
