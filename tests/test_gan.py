@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -16,13 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mits_nb.core import DataError, OutputError, TrainError, UsageError, WeightsError, pick_compute
+from mits_nb import core, gan
+from mits_nb.core import DataError, OutputError, TrainError, UsageError, WeightsError, pick_compute, torch_rng
 from mits_nb.gan import (
-    History, Task, bce_d_loss, checkpoints, every, fit, frozen, lsgan_d_loss, lsgan_g_loss, lsgan_losses,
-    minimax_g_loss, minimax_losses, nonsaturating_g_loss, nonsaturating_losses, read_checkpoint,
+    History, Snapshots, Task, bce_d_loss, checkpoints, every, fit, frozen, lsgan_d_loss, lsgan_g_loss, lsgan_losses,
+    minimax_g_loss, minimax_losses, nonsaturating_g_loss, nonsaturating_losses, patience, read_checkpoint, tensorboard_log,
 )
 
-FP32, BF16 = pick_compute("cpu", "fp32"), pick_compute("cpu", "bf16")
+FP32, BF16, FP16 = (pick_compute("cpu", precision) for precision in ("fp32", "bf16", "fp16"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Networks of this size only wait for each other on two threads; and 'bit-identical' means: with the same number of threads."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def mlp(n_in, n_out, width=16):
@@ -149,7 +158,7 @@ def test_same_seed_same_run_and_global_random_numbers_are_left_alone():
     assert fit(c, batches, 12, seed=2, compute=FP32).rows != rows
 
 
-@pytest.mark.parametrize("compute", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("compute", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stopped_at", [1, 13, 24])
 def test_resume_is_bit_identical(tmp_path, compute, stopped_at):
     settings = dict(seed=3, compute=compute, log_every=3, validate_every=7)
@@ -179,31 +188,232 @@ def test_finished_training_is_not_repeated_and_can_be_lengthened(tmp_path):
     assert_same(a, b)
 
 
-KILLED = """
-import sys, time, logging
+NURSERY = """
+import json, os, random, signal, sys
+import torch
+torch.set_num_threads(1)
+import accelerate, accelerate.utils
+from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_gan import FP32, Toy, batches
-from mits_nb.gan import fit
-def slow(step, task, history):
-    if step > 9: time.sleep(.02)
-fit(Toy(), batches, 2000, seed=3, out={out!r}, checkpoint_every=1, callbacks=(slow,), compute=FP32, progress=False)
+from mits_nb import core, gan
+out, draw = Path({out!r}), random.Random(4)
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+def dying(f, chosen, before):  # f, but the n-th chosen call ends the process, before or after the work is done
+    left = [draw.randint(2, 5)]
+    def g(*args, **kwargs):
+        mine = chosen(*args)
+        left[0] -= mine
+        if mine and not left[0] and before: die()
+        result = f(*args, **kwargs)
+        if mine and not left[0]: die()
+        return result
+    return g
+
+def in_the_middle_of(moment):
+    step = lambda *args: Path(args[-1]).name.startswith("step-")
+    if moment == "tensors":  # half of the file is on the disk
+        whole = Path.write_bytes
+        def half(self, data): return whole(self, data[:len(data) // 2])
+        last = dying(half, lambda *args: True, False)
+        Path.write_bytes = lambda self, data: (last(self, data), whole(self, data))[1]
+    elif moment == "between the files": gan.write_json = dying(gan.write_json, lambda path, _: path.name == "state.json", True)
+    elif moment == "before the rename": os.replace = dying(os.replace, step, True)
+    elif moment == "after the rename": os.replace = dying(os.replace, step, False)
+    else: gan.shutil.rmtree = dying(gan.shutil.rmtree, step, False)
+
+moments = ["tensors", None, "between the files", None, "before the rename", None, "after the rename", None, "old ones removed", None]
+for turn, moment in enumerate(moments):
+    steps, pipe = draw.randint(2, 9), os.pipe()
+    seed = 8 + turn if gan.checkpoints(out) else 0  # every number must come from the checkpoint
+    child = os.fork()
+    if child == 0:
+        if moment: in_the_middle_of(moment)
+        gan.fit(Toy(seed), batches, 10**6, seed=3, out=out, checkpoint_every=1 + turn % 2, log_every=3, validate_every=4, compute=FP32, progress=False,
+                callbacks=(lambda step, task, history: os.write(pipe[1], b"."),))
+    if moment is None:
+        for _ in range(steps): os.read(pipe[0], 1)
+        os.kill(child, signal.SIGKILL)  # wherever it is now: most of its time goes into checkpoints
+    status = os.waitpid(child, 0)[1]
+    print(json.dumps(dict(moment=moment, signal=os.WTERMSIG(status), unfinished=len(list((out / "checkpoints").glob(".tmp-*"))),
+                          last=gan.checkpoints(out)[-1].name if gan.checkpoints(out) else "")), flush=True)
 """
 
 
-def test_resume_after_kill_9(tmp_path):
-    script = KILLED.format(here=str(Path(__file__).parent), out=str(tmp_path))
-    child = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.time() + 60
-    while not (found := checkpoints(tmp_path)) or found[-1].name < "step-00000012":
-        assert child.poll() is None and time.time() < deadline
-        time.sleep(.003)
-    child.send_signal(signal.SIGKILL); child.wait()
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_resume_after_kill_9_ten_times(tmp_path):
+    "Ten processes, one after the other, each killed at a random step: five wherever they are, five at a chosen moment inside the writing of a checkpoint."
+    script = NURSERY.format(here=str(Path(__file__).parent), out=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    kills = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [kill["signal"] for kill in kills] == [signal.SIGKILL] * 10, run.stderr[-2000:]
+    assert all(kill["unfinished"] for kill in kills if kill["moment"] in ("tensors", "between the files", "before the rename")), kills
+    assert kills[-1]["last"] > "step-00000010" and len({kill["last"] for kill in kills}) >= 5, kills
     steps = int(checkpoints(tmp_path)[-1].name[5:]) + 9
-    whole, resumed = Toy(), Toy(seed=8)
-    history = fit(whole, batches, steps, seed=3, compute=FP32, validate_every=10**6)
-    assert fit(resumed, batches, steps, seed=3, out=tmp_path, compute=FP32, validate_every=10**6).rows == history.rows
+    whole, resumed = Toy(), Toy(seed=88)
+    settings = dict(seed=3, compute=FP32, log_every=3, validate_every=4)
+    history = fit(whole, batches, steps, **settings)
+    assert fit(resumed, batches, steps, out=tmp_path, **settings).rows == history.rows == History.load(tmp_path / "history.json").rows
     assert_same(whole, resumed)
+    assert [p.name for p in (tmp_path / "checkpoints").glob(".tmp-*")] == []  # what the killed left behind is gone
 
+
+# --- float16: losses are scaled, and the scale is state ------------------------------------------------------------
+
+class Faint(Task):
+    "A gradient that float16 cannot hold: about 1e-8 for each output."
+    def __init__(self):
+        torch.manual_seed(0)
+        net = nn.Linear(2, 1)
+        super().__init__({"net": net}, {"net": torch.optim.SGD(net.parameters(), 1e6)})
+
+    def update(self, x, backward):
+        loss = 1e-7 * self.networks["net"](x).square().mean()
+        backward(loss)
+        self.optimizers["net"].step(); self.optimizers["net"].zero_grad()
+        return {"loss": loss}
+
+
+def test_float16_keeps_faint_gradients():
+    tasks = {}
+    for compute in (FP32, FP16):
+        tasks[compute.dtype] = task = Faint()
+        fit(task, batches, 3, compute=compute)
+    start, exact, half = (t.networks["net"].weight for t in (Faint(), *tasks.values()))
+    assert (exact - start).abs().min() > .05 and torch.allclose(half, exact, rtol=.01, atol=.01)
+
+
+class Overflow(Toy):
+    "At step 4 the generator's gradients overflow."
+    def update(self, x, backward):
+        calls = []
+        def count(loss):
+            calls.append(1)
+            backward(loss * 1e38 if self.step == 4 and len(calls) == 2 else loss)
+        return super().update(x, count)
+
+
+def test_float16_skips_a_step_that_overflows_and_remembers_the_scale(tmp_path):
+    seen = {}
+    def watch(step, task, history): seen[step] = task.scaler.get_scale(), task.networks["g"][0].weight.clone(), task.networks["d"][0].weight.clone()
+    whole = Overflow()
+    history = fit(whole, batches, 8, compute=FP16, callbacks=(watch,))
+    scales = {step: scale for step, (scale, *_) in seen.items()}
+    assert scales[4] == 65536 and scales[5] == 32768 == scales[8]
+    assert torch.equal(seen[4][1], seen[5][1]) and not torch.equal(seen[4][2], seen[5][2]) and not torch.equal(seen[5][1], seen[6][1])
+    assert all(type(o).__module__.startswith("torch.optim") and "step" not in o.__dict__ for o in whole.optimizers.values()) and whole.scaler is None
+
+    def power_cut(step, task, history):
+        if step == 6: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(Overflow(), batches, 8, compute=FP16, out=tmp_path, checkpoint_every=6, callbacks=(power_cut,))
+    with pytest.raises(KeyboardInterrupt): fit(Overflow(), batches, 8, compute=FP16, out=tmp_path, checkpoint_every=5, callbacks=(power_cut,))
+    seen.clear()
+    resumed = Overflow(seed=8)
+    assert fit(resumed, batches, 8, compute=FP16, out=tmp_path, callbacks=(watch,)).rows == history.rows
+    assert sorted(seen) == [6, 7, 8] and seen[6][0] == 32768
+    assert_same(whole, resumed)
+    fit(Overflow(), batches, 10, compute=FP32, out=tmp_path)  # another precision may go on; the scale is not needed there
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+class Plain(Task):
+    "No batch norm, no dropout, noise in the batch: two processes with a batch each must equal one process that averages both losses."
+    def __init__(self, seed=0):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            g, d = (nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, n)) for n in (2, 1))
+        super().__init__({"g": g, "d": d}, {"g": torch.optim.Adam(g.parameters(), 1e-2), "d": torch.optim.Adam(d.parameters(), 1e-2)})
+
+    def update(self, pairs, backward):
+        g, d = self.networks["g"], self.networks["d"]
+        fakes = [g(z) for _, z in pairs]
+        d_loss = sum(bce_d_loss(d(x), d(fake.detach())) for (x, _), fake in zip(pairs, fakes)) / len(pairs)
+        backward(d_loss)
+        self.optimizers["d"].step(); self.optimizers["d"].zero_grad()
+        with frozen(d) as judge: g_loss = sum(nonsaturating_g_loss(judge(fake)) for fake in fakes) / len(pairs)
+        backward(g_loss)
+        self.optimizers["g"].step(); self.optimizers["g"].zero_grad()
+        return {"d": d_loss, "g": g_loss}
+
+
+def pair(rng): return torch.randn(16, 2, generator=rng) + 3, torch.randn(16, 2, generator=rng)
+
+
+class Shared(Toy):
+    "Batch norm and dropout; each process validates something else."
+    def validate(self): return {"v": float(self.rank + self.step)}
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from test_gan import FP32, Plain, Shared, batches, pair, state
+from mits_nb import gan
+rank, out = int(os.environ["RANK"]), Path({out!r})
+Shared.rank = rank
+written, save = [], gan.save_checkpoint
+def counted(*args): written.append(args[3]); return save(*args)
+gan.save_checkpoint = counted
+
+plain = Plain()
+gan.fit(plain, lambda step, rng: [pair(rng)], 10, seed=5, compute=FP32)
+settings = dict(seed=3, compute=FP32, log_every=2, validate_every=3, progress=False)
+whole, mains = Shared(), []
+history = gan.fit(whole, batches, 12, callbacks=(lambda step, task, _: mains.append(task.main),), **settings)
+def power_cut(step, task, _):
+    if step == 7: raise KeyboardInterrupt
+try: gan.fit(Shared(), batches, 12, out=out, checkpoint_every=5, callbacks=(power_cut,), **settings)
+except KeyboardInterrupt: pass
+torch.distributed.barrier()
+resumed = Shared(seed=9)
+again = gan.fit(resumed, batches, 12, out=out, checkpoint_every=5, **settings)
+stopped = gan.fit(Shared(), batches, 500, stop=gan.patience("v", rows=2), **settings)
+assert again.rows == history.rows and len(stopped.rows) < 20, (again.rows, history.rows)
+assert mains == [rank == 0] * 12
+assert all(type(net) is torch.nn.Sequential and "forward" not in net.__dict__ for net in resumed.networks.values())
+for name, task in dict(plain=plain, whole=whole, resumed=resumed).items():
+    save_file({{k: v.contiguous() for k, v in state(task).items()}}, out / f"{{name}}-{{rank}}.safetensors")
+history.save(out / f"rows-{{rank}}.json")
+print(written)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path):
+    import socket
+    from safetensors.torch import load_file
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    script = WORKER.format(here=str(Path(__file__).parent), out=str(tmp_path))
+    def start(rank):
+        env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
+        return subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers = [start(rank) for rank in (0, 1)]
+    said = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
+    assert [out.strip() for out, _ in said] == ["[5, 10, 12]", "[]"]  # written once, by one of them
+    saved = {name: [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1)] for name in ("plain", "whole", "resumed")}
+    for name, (a, b) in saved.items():  # equal weights, running statistics and optimiser state in both
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    assert all(torch.equal(tensor, saved["resumed"][0][k]) for k, tensor in saved["whole"][0].items())
+    assert History.load(tmp_path / "rows-0.json") == History.load(tmp_path / "rows-1.json")
+    assert History.load(tmp_path / "rows-0.json")["v"][0] == 2.5  # the mean over both
+
+    alone = Plain()
+    fit(alone, lambda step, rng: [pair(torch_rng(5, "batch", step, rank)) for rank in (0, 1)], 10, seed=5, compute=FP32)
+    assert all(torch.allclose(tensor, saved["plain"][0][k], rtol=1e-4, atol=1e-6) for k, tensor in state(alone).items())
+    assert any(not torch.allclose(tensor, saved["plain"][0][k], atol=1e-2) for k, tensor in state(Plain()).items() if k in state(alone))
+
+
+# --- files and damage ------------------------------------------------------------------------------------------------
 
 def test_checkpoints_keep_two_and_hold_no_pickle(tmp_path):
     fit(Toy(), batches, 10, out=tmp_path, checkpoint_every=3, compute=FP32)
@@ -387,6 +597,97 @@ def test_disk_full_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space left"): fit(Toy(), batches, 8, out=tmp_path, compute=FP32)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     assert read_checkpoint(checkpoints(tmp_path)[0])[1]["step"] == 4
+
+
+# --- early stop, pictures, TensorBoard, progress ---------------------------------------------------------------------
+
+def rows(*values): return History([{"step": i, "v": v} for i, v in enumerate(values)])
+
+
+@pytest.mark.parametrize("values, settings, stops", [
+    ((3, 2, 1), {}, False), ((3, 2, 1, 1, 1), {}, True), ((3, 2, 1, 1, .5, .5), {}, False), ((1,), {}, False), ((), {}, False),
+    ((3, 2.95, 2.9), dict(min_delta=.2), True),                # two small gains in a row do not count
+    ((3, 2.9, 2.75), dict(min_delta=.2), False),               # but they add up: the record is the last value that counted
+    ((1, 2, 3), dict(best="max"), False), ((3, 2, 1), dict(best="max"), True), ((1, 1, 2), dict(best="max", rows=1), False),
+])
+def test_patience(values, settings, stops):
+    assert patience("v", **{"rows": 2, **settings})(rows(*values)) is stops
+
+
+def test_patience_stops_a_training_and_refuses_nonsense():
+    class Worse(Toy):
+        def validate(self): return {"v": abs(self.step - 7)}
+    history = fit(Worse(), batches, 100, validate_every=2, log_every=50, stop=patience("v", rows=3), compute=FP32)
+    assert history["v"] == [6, 4, 2, 0, 2, 4, 6]
+    for bad in (dict(rows=0), dict(best="least"), dict(min_delta=-1.), dict(min_delta=float("nan"))):
+        with pytest.raises(UsageError): patience("v", **bad)
+    assert not patience("not measured")(rows(1, 2, 3))
+
+
+def test_snapshots(tmp_path):
+    import matplotlib.image
+    modes = []
+    def draw(task):
+        modes.append((task.networks["g"].training, torch.is_grad_enabled()))
+        made = task.networks["g"](torch.randn(12, 2)).view(2, 3, 4)
+        return {"condition": torch.zeros(2, 3, 4), "generated": made, "original": torch.ones(2, 3, 4)}
+    watched, plain = Toy(), Toy()
+    snapshots = Snapshots(4, draw, folder=tmp_path / "pictures", window=(-1., 1.))
+    fit(watched, batches, 10, compute=FP32, callbacks=(snapshots,))
+    fit(plain, batches, 10, compute=FP32)
+    assert_same(plain, watched)  # drawing random numbers disturbs nothing
+    assert list(snapshots.taken) == [1, 4, 8] and set(modes) == {(False, False)}
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["step-00000001.png", "step-00000004.png", "step-00000008.png"]
+    assert matplotlib.image.imread(tmp_path / "pictures" / "step-00000004.png").shape[:2] == (2 * 5, 3 * 6)
+    titles = [ax.get_title() for ax in snapshots.plot().axes if ax.get_title()]
+    assert titles == ["condition", "generated\nstep 1", "generated\nstep 4", "generated\nstep 8", "original"]
+    assert len(snapshots.plot(steps=[8]).axes) == 6
+    assert snapshots.take(10, watched)["generated"].shape == (2, 3, 4) and 10 in snapshots.taken
+    with pytest.raises(UsageError, match="no snapshots"): Snapshots(1, draw).plot()
+    with pytest.raises(UsageError): Snapshots(0, draw)
+    for bad in (lambda task: {}, lambda task: {"a": torch.zeros(3)}, lambda task: {"a": torch.zeros(2, 3, 3), "b": torch.zeros(1, 3, 3)}):
+        with pytest.raises(UsageError, match="draw"): Snapshots(1, bad).take(1, watched)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError): Snapshots(1, draw, folder=tmp_path / "file").take(1, watched)
+
+
+def test_only_the_main_process_takes_snapshots():
+    task, snapshots = Toy(), Snapshots(1, lambda task: {"a": torch.zeros(3, 3)})
+    task.main = False
+    snapshots(1, task, History())
+    assert not snapshots.taken
+
+
+def test_tensorboard_log_survives_a_resume(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    def power_cut(step, task, history):
+        if step == 7: raise KeyboardInterrupt
+    run = dict(out=tmp_path / "run", checkpoint_every=5, validate_every=4, compute=FP32)
+    with pytest.raises(KeyboardInterrupt): fit(Toy(), batches, 10, callbacks=(tensorboard_log(tmp_path / "tb"), power_cut), **run)
+    history = fit(Toy(seed=9), batches, 10, callbacks=(tensorboard_log(tmp_path / "tb"),), **run)
+    found = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert sorted(found.Tags()["scalars"]) == ["d", "g", "spread"]
+    for name in history.names:
+        events = {e.step: e.value for e in found.Scalars(name)}
+        assert events == pytest.approx({row["step"]: row[name] for row in history.rows if name in row}, rel=1e-6), name
+
+
+def test_tensorboard_missing_is_said_in_one_sentence(monkeypatch, tmp_path):
+    for name in [n for n in sys.modules if n.split(".")[0] == "tensorboard" or n.startswith("torch.utils.tensorboard")]: monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UsageError, match="pip install"): tensorboard_log(tmp_path)
+
+
+def test_progress_bar_shows_the_time_left(monkeypatch, capfd, tmp_path):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(gan, "progress_bar", lambda **kwargs: core.progress(**kwargs, delay=0, mininterval=0))
+    fit(Toy(), batches, 6, out=tmp_path, compute=FP32, desc="toy")
+    capfd.readouterr()
+    fit(Toy(), batches, 9, out=tmp_path, compute=FP32, desc="toy")
+    import re
+    bars = re.findall(r"toy: +\d+%\|.*?(\d+)/9 \[(\d\d:\d\d)<(\d\d:\d\d|\?)", capfd.readouterr().err)
+    assert bars and bars[0][0] == "6" and {int(n) for n, *_ in bars} >= {7, 8}  # goes on from 6, with elapsed < left
 
 
 # --- history -----------------------------------------------------------------------------------------------------
