@@ -542,6 +542,7 @@ def _plot_snapshots(
         for ax, picture in zip(column, stack):
             ax.imshow(picture, cmap=cmap, vmin=low, vmax=high)
             ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(True)
     if title: fig.suptitle(title, fontsize=10)
     plt.close(fig)  # the notebook shows the returned figure once, not twice
     return fig
