@@ -60,14 +60,14 @@ def upsample_conv(x:torch.Tensor, # (B, C, D, H, W)
                  ) -> torch.Tensor: # (B, C', 2D, 2H, 2W)
     """Exactly `conv(F.interpolate(x, scale_factor=2))`, most of the time without ever making the large input.
 
-    Few output channels: eight phases by one convolution with kernel 3. Grids from 4^3 on: a transposed convolution with kernel 5. One voxel: a matrix.
-    On grids of 2^3 and 3^3, smaller than the kernel, summing all the taps costs more than the voxels save: there the naive way stays."""
+    Few output channels: eight phases by one convolution with kernel 3. From 1000 small voxels in the batch on: a transposed convolution with kernel 5.
+    One voxel: a matrix. Else the naive way: summing all the taps would cost more than so few voxels save."""
     (b, _, d, h, w), n = x.shape, conv.out_channels
     if n >= 8 and max(d, h, w) == 1:
         taps = conv.weight
         for axis in (2, 3, 4): taps = taps.narrow(axis, 0, 2) + taps.narrow(axis, 1, 2)   # V[1] and V[2]: the others only meet padding
         return torch.einsum("bi,oixyz->boxyz", x.flatten(1), taps.flip(2, 3, 4)) + conv.bias.view(-1, 1, 1, 1)
-    if n >= 8 and min(d, h, w) < 4: return SameConv3d.forward(conv, F.interpolate(x, scale_factor=2))
+    if n >= 8 and b * d * h * w < 1000: return SameConv3d.forward(conv, F.interpolate(x, scale_factor=2))
     taps = doubled_taps(conv.weight)
     if n >= 8: return F.conv_transpose3d(x, taps.flip(2, 3, 4).transpose(0, 1), conv.bias, stride=2, padding=2, output_padding=1)
     taps = F.pad(taps, (1, 0) * 3).view(n, -1, 3, 2, 3, 2, 3, 2).flip(3, 5, 7)   # V[2j - p]: voxel j = 0..2, phase p = 0, 1, axis by axis
