@@ -8,7 +8,8 @@ __all__ = ['Tampering', 'check_place', 'cuboid_box', 'interp_matrix', 'resample3
            'smooth_slices', 'fine_detail', 'quiet_tissue', 'noise_level', 'quiet_shift', 'noise_around', 'patch_noise',
            'make_noise', 'exchanged', 'released_touch_up', 'paste_cube', 'as_places', 'own_rim', 'tamper_tensor',
            'scan_noise', 'check_scan', 'pack_mask', 'forgery_note', 'tamper', 'GroundTruth', 'note_mask',
-           'ground_truth', 'seam_ratio', 'quiet_zones', 'noise_ratio', 'masked_spectrum', 'noise_spectrum']
+           'ground_truth', 'seam_ratio', 'quiet_zones', 'noise_ratio', 'masked_spectrum', 'noise_spectrum',
+           'outside_lung']
 
 # %% ../../nbs/08_attack.tamper.ipynb #f5cf48d3
 import base64, math, zlib
@@ -758,3 +759,25 @@ def noise_spectrum(scan:Scan, # forged, or untouched as a control
     noise, inside, outside = quiet_zones(scan, at, edge, reach, band, 6.)
     frequency, power = masked_spectrum(noise.numpy(), inside.numpy(), scan.spacing)
     return frequency, power, masked_spectrum(noise.numpy(), outside.numpy(), scan.spacing)[1]
+
+# %% ../../nbs/08_attack.tamper.ipynb #ebc7ebd7
+def outside_lung(scan:Scan, # any
+                 at, # (z, y, x) voxels, one place or several
+                 mask:np.ndarray=None, # lung mask, where you have it already; None makes one (seconds)
+                 slack:float=3. # mm by which a place may miss the mask
+                ) -> list: # of str: one sentence for each place outside; [] if there is none
+    "Which places lie outside the lung? For warnings: such a forgery is made, but will hardly convince. Raises `PlaceError`."
+    from scipy import ndimage as ndi
+    from mits_nb.data import lung_mask as find_lung
+    places, said = as_places(at), []
+    for place in places: check_place(place, scan.spacing, scan.shape)
+    mask = find_lung(scan) if mask is None else mask
+    if not mask.any(): return ["no lung was found in this scan: the forgery will hardly convince"]
+    for place in places:
+        box = cuboid_box(place, scan.spacing, scan.shape, 120)
+        here, part = tuple(int(round(float(p))) - b[0] for p, b in zip(place, box)), mask[tuple(slice(*b) for b in box)]
+        here = tuple(min(max(i, 0), n - 1) for i, n in zip(here, part.shape))
+        if part[here]: continue
+        far = ndi.distance_transform_edt(~part, sampling=scan.spacing)[here] if part.any() else math.inf
+        if far > slack: said.append(f"the place z, y, x = {', '.join(f'{float(v):g}' for v in place)} lies {f'{far:.0f} mm' if far < 60 else 'more than 60 mm'} outside the lung: the forgery will hardly convince")
+    return said
