@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'LUNG', 'SOFT', 'MARKER_BLOCK', 'RLE', 'MOST_PACKED', 'CT_IMAGE', 'MULTI_FRAME', 'MACROS', 'AIR', 'SUFFIXES',
-           'window', 'show_slices', 'Source', 'Scan', 'voxel_to_world', 'world_to_voxel', 'with_hu', 'read_scan',
-           'list_series', 'marker_text', 'write_scan', 'resample', 'resample_tensor']
+           'window', 'show_slices', 'Source', 'Scan', 'voxel_to_world', 'world_to_voxel', 'with_hu', 'sidecar_path',
+           'read_scan', 'list_series', 'marker_text', 'write_scan', 'resample', 'resample_tensor']
 
 # %% ../nbs/01_scan.ipynb #d99b11ba
 import contextlib, functools, gzip, hashlib, io, json, logging, lzma, math, mmap, os, re, shutil, struct, subprocess, sys, tempfile, threading, warnings, zipfile, zlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import MitsError, OutputError, ScanError, atomic_dir, atomic_write
+from .core import DataError, MitsError, OutputError, ScanError, atomic_dir, atomic_write, read_json, write_json
 
 # %% ../nbs/01_scan.ipynb #4f315c51
 log = logging.getLogger("mits_nb")
@@ -1056,6 +1056,49 @@ def _read_image(
     try: return Scan(hu, image.GetSpacing()[::-1], image.GetOrigin(), np.array(image.GetDirection()).reshape(3, 3), Source(_suffix(path), str(path), tags=tags), meta)
     except ScanError as error: raise ScanError(f"{path} has a damaged header: {error}") from error
 
+# %% ../nbs/01_scan.ipynb #07c1fbe8
+def sidecar_path(
+    path: str | Path, # Image file or DICOM folder
+) -> Path: # "name.forgery.json" beside it; the name keeps its suffix
+    "Where the truth about a forged scan is kept."
+    path = Path(path)
+    return (path if path.name not in ("", ".", "..") else path.resolve()).with_name(f"{path.name if path.name not in ('', '.', '..') else path.resolve().name}.forgery.json")
+
+# %% ../nbs/01_scan.ipynb #6225ef10
+def _sidecar_fault(
+    told, # What the JSON file holds
+    scan: Scan, # As read
+) -> str: # "" where it can be believed
+    "Does a side-car speak of this scan, and in the form that we write?"
+    if not isinstance(told, dict) or told.get("format") != "mits_nb.forgery" or told.get("version") != 1: return "it is no side-car of version 1"
+    words, marker = str(told.get("marker", "")).strip(), str(scan.meta["marker"]).strip()
+    if words != marker and not (len(marker) >= 70 and words.startswith(marker)): return "the scan's header tells of another forgery"
+    notes = told.get("history")
+    if told.get("shape") != list(scan.shape) or not isinstance(notes, list) or not all(isinstance(note, dict) for note in notes): return "it was made for another grid, or its history is damaged"
+    for note in notes:
+        if note.get("kind") != "forged": continue
+        box = note.get("box", [])
+        if not (isinstance(box, list) and len(box) in (0, 3) and all(isinstance(b, list) and len(b) == 2 and all(type(v) is int for v in b) and 0 <= b[0] < b[1] <= n for b, n in zip(box, scan.shape))): return "a box lies outside the scan"
+        at = note.get("at")
+        if not (isinstance(at, list) and len(at) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in at)): return "a place is no voxel"
+    return ""
+
+# %% ../nbs/01_scan.ipynb #5b0d1abb
+def _recall(
+    scan: Scan, # As read
+    path: Path, # The file or folder it was read from
+) -> Scan: # With its history, where a side-car tells it
+    "Bring back the history of a forged scan."
+    file = sidecar_path(path)
+    if "TEACHING FORGERY" not in scan.meta.get("marker", "") or not file.is_file(): return scan
+    try: told = read_json(file)
+    except (DataError, RecursionError) as error: told, fault = None, _short(error)
+    else: fault = _sidecar_fault(told, scan)
+    if fault:
+        log.warning("%s is left aside: %s", file, fault)
+        return scan
+    return replace(scan, meta={**scan.meta, "history": tuple(told["history"])})
+
 # %% ../nbs/01_scan.ipynb #fea5efef
 def read_scan(
     path: str | Path, # Folder, zip archive or one file of a DICOM series, or a .mha, .mhd, .nrrd, .nii, .nii.gz file
@@ -1066,12 +1109,12 @@ def read_scan(
     path = Path(path)
     if not path.exists(): raise ScanError(f"{path} does not exist: check the path")
     if path.is_file() and _suffix(path):
-        with _alone(path) as place: return _read_image(path, place)
+        with _alone(path) as place: return _recall(_read_image(path, place), path)
     with _quiet():
-        if not _is_zip(path): return _read_dicom(path, series_uid, regrid)
+        if not _is_zip(path): return _recall(_read_dicom(path, series_uid, regrid), path if path.is_dir() else path.parent)
         with _unzipped(path) as folder: scan = _read_dicom(folder, series_uid, regrid)
     source = scan.source and replace(scan.source, path=str(path))
-    return replace(scan, source=source, meta={**scan.meta, "path": str(path)})
+    return _recall(replace(scan, source=source, meta={**scan.meta, "path": str(path)}), path)
 
 # %% ../nbs/01_scan.ipynb #9301dacd
 def list_series(
@@ -1097,7 +1140,8 @@ def marker_text(
     for note in scan.history:
         if note.get("kind") == "protected": words.append(f"PROTECTED (mits_nb), not for diagnosis: values changed by {note.get('by', 'a protector')}")
     words.sort(key=lambda text: "TEACHING FORGERY" not in text)  # short fields cut the end off: the forgery comes first
-    return " | ".join(dict.fromkeys(words)) or None
+    words = list(dict.fromkeys(part for text in words for part in text.split(" | ")))
+    return " | ".join(w for w in words if not any(o != w and o.startswith(w) for o in words)) or None  # a field that was cut off repeats the start of another
 
 # %% ../nbs/01_scan.ipynb #6958c2a8
 def _to_stored(
@@ -1245,7 +1289,7 @@ def _write_dicom(
             if back: header = copy.deepcopy(header)
             # an unchanged copy keeps its identity and its marker, if any; anything else gets new UIDs
             try:
-                if text and (changed or scan.history or not back): _stamp(header, text, key)
+                if text and (changed or not back or text != scan.meta.get("marker")): _stamp(header, text, key)
                 _write_slice(temporary / name, header, scan.hu[k])
             except (MitsError, OSError): raise
             except Exception as error: raise ScanError(f"slice {name} of {folder} cannot be written as DICOM ({_short(error)}): write a .mha file instead") from error
@@ -1276,17 +1320,32 @@ def _write_image(
         os.replace(inner, temporary)
 
 # %% ../nbs/01_scan.ipynb #a5458ab7
+def _write_sidecar(
+    scan: Scan, # What was written
+    path: Path, # Where
+) -> None:
+    "Write the truth about a forged scan beside it; beside any other scan, remove what an earlier one of that name left. Raises `OutputError`."
+    file = sidecar_path(path)
+    if any(note.get("kind") == "forged" for note in scan.history):
+        write_json(file, {"format": "mits_nb.forgery", "version": 1, "scan": path.name, "marker": marker_text(scan), "shape": scan.shape, "spacing": scan.spacing,
+                          "origin": scan.origin, "direction": scan.direction.tolist(), "history": scan.history})
+    elif file.is_file():
+        try: file.unlink()
+        except OSError as error: raise OutputError(f"cannot remove {file}, which speaks of an earlier scan: {error.strerror or error}; remove it yourself") from error
+
+# %% ../nbs/01_scan.ipynb #21424c21
 def write_scan(
     scan: Scan, # What to write
     path: str | Path, # .mha, .mhd, .nrrd, .nii, .nii.gz; any other name is the folder of a DICOM series
 ) -> Path: # The file or folder
-    "Write a scan atomically; forged and protected ones are marked in the header, always. Raises `ScanError`, `OutputError`."
+    "Write a scan atomically; forged and protected ones are marked in the header, always, and a side-car says what was forged. Raises `ScanError`, `OutputError`."
     path = Path(path)
     if _suffix(path): _write_image(scan, path)
     elif path.suffix.lower() in (".dcm", ".ima", ".zip", ".gz", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".npz", ".raw", ".hdr", ".img"):
         raise OutputError(f"{path} has a suffix that no scan is written to: use {', '.join(SUFFIXES)}, or a folder name for a DICOM series")
     else:
         with _quiet(): _write_dicom(scan, path)
+    _write_sidecar(scan, path)
     return path
 
 # %% ../nbs/01_scan.ipynb #e066ff80

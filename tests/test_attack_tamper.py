@@ -148,7 +148,7 @@ def test_equal_cubes_change_nothing(spacing):
 @pytest.mark.parametrize("at", [(15.0, 45.0, 45.0), (14.3, 40.7, 50.2), (0, 0, 89), (29, 89, 2)])
 @pytest.mark.parametrize("settings", [Tampering(), Tampering.released()])
 def test_outside_the_box_every_bit_stays(spacing, at, settings, equalizer):
-    scan = Scan(lung(), spacing)
+    scan = Scan(lung((36, 90, 90)), spacing)
     out = tamper(scan, at, lambda c: c * 0 + 0.3, "inject", settings, equalizer)
     outside = np.ones(scan.shape, bool)
     outside[tuple(slice(*b) for b in cuboid_box(at, spacing, scan.shape))] = False
@@ -263,10 +263,12 @@ def test_world_coordinates(equalizer):
     assert np.abs(voxel.hu.astype(int) - world.hu).max() <= 1
 
 
-def test_few_slices_and_small_scans(equalizer):
-    for shape in ((1, 90, 90), (3, 90, 90), (10, 20, 20)):
-        out = tamper(Scan(lung(shape), (2.5, 0.7, 0.7)), (0, 10, 10), HARMONIC, "remove", equalizer=equalizer)
-        assert out.shape == shape
+def test_scans_smaller_than_the_cuboid_are_clipped_and_smaller_than_the_mask_refused(equalizer):
+    for shape in ((7, 90, 90), (10, 23, 23)):                                   # 17.5 mm deep; 16.1 mm wide
+        assert tamper(Scan(lung(shape), (2.5, 0.7, 0.7)), (0, 10, 10), HARMONIC, "remove", equalizer=equalizer).shape == shape
+    for shape in ((1, 90, 90), (6, 90, 90), (10, 22, 90), (10, 90, 22)):
+        with pytest.raises(ScanError, match="cuboid has 32 mm"): tamper(Scan(lung(shape), (2.5, 0.7, 0.7)), (0, 10, 10), HARMONIC, "remove", equalizer=equalizer)
+    with pytest.raises(ScanError, match="centre alone 20 mm"): tamper(Scan(lung((7, 90, 90)), (2.5, 0.7, 0.7)), (0, 10, 10), HARMONIC, "remove", Tampering.released(), equalizer)
 
 
 @pytest.mark.parametrize("at", [(-1, 10, 10), (30, 10, 10), (5, 90, 10), (5, 10, -3), (5, 10), (np.nan, 5, 5), "here", [(5, 10, 10), (99, 5, 5)], []])

@@ -1,5 +1,7 @@
 """Edges and properties of reading and writing scans (the lessons themselves are checked in chapter 1)."""
+import json
 import logging
+import os
 import random
 import shutil
 import tracemalloc
@@ -20,7 +22,7 @@ from pydicom.uid import (CTImageStorage, DeflatedExplicitVRLittleEndian, Explici
 from scipy.spatial.transform import Rotation
 
 from mits_nb.core import MitsError, OutputError, ScanError
-from mits_nb.scan import SUFFIXES, Scan, list_series, marker_text, read_scan, resample, resample_tensor, show_slices, window, write_scan
+from mits_nb.scan import SUFFIXES, Scan, list_series, marker_text, read_scan, resample, resample_tensor, show_slices, sidecar_path, window, write_scan
 
 FORGED = {"kind": "forged", "action": "inject", "at": [2, 10, 8], "box": [[1, 4], [6, 14], [4, 12]]}
 PROTECTED = {"kind": "protected", "by": "mitsgan-tiny", "seed": 0}
@@ -663,13 +665,54 @@ def test_a_change_without_a_note_is_marked_too(toy, tmp_path):
 def test_marker_survives_every_format_and_any_chain(toy, tmp_path, suffix):
     _, scan = toy
     forged = read_scan(write_scan(scan.with_hu(scan.hu + np.int16(1), FORGED), tmp_path / f"one{suffix}"))
-    assert "TEACHING FORGERY" in forged.meta["marker"] and forged.history == ()
+    assert "TEACHING FORGERY" in forged.meta["marker"] and forged.history == (FORGED,)
     for k, other in enumerate(["", *SUFFIXES]):
         again = read_scan(write_scan(forged, tmp_path / f"two{k}{other}"))
         assert "TEACHING FORGERY" in again.meta["marker"]
     both = read_scan(write_scan(forged.with_hu(forged.hu, PROTECTED), tmp_path / f"three{suffix}"))
     assert both.meta["marker"].startswith("TEACHING FORGERY")
     if suffix == "": assert "PROTECTED" in both.meta["marker"]
+
+
+@pytest.mark.parametrize("suffix", ["", *SUFFIXES])
+def test_sidecar_brings_the_history_back(toy, tmp_path, suffix):
+    _, scan = toy
+    note = {**FORGED, "at": [1.5, 2.0, 3.0], "box": [[0, 3], [1, 5], [2, 6]]}
+    path = write_scan(scan.with_hu(scan.hu + np.int16(1), note).with_hu(scan.hu + np.int16(2), PROTECTED), tmp_path / f"one{suffix}")
+    assert sidecar_path(path) == tmp_path / f"one{suffix}.forgery.json"
+    told = json.loads(sidecar_path(path).read_text())
+    assert told["version"] == 1 and told["shape"] == list(scan.shape) and told["spacing"] == list(scan.spacing)
+    back = read_scan(path)
+    assert back.history == (note, PROTECTED)
+    again = read_scan(write_scan(back, tmp_path / f"two{suffix}"))                                # a chain of copies says it once
+    assert again.history == back.history and again.meta["marker"].count("TEACHING") == 1
+    if suffix == "":
+        assert {p.name: p.read_bytes() for p in path.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()}   # and keeps its identity
+        assert read_scan(sorted(path.iterdir())[0]).history == back.history
+    write_scan(scan, path)                                                                        # an unforged scan of the same name
+    assert not sidecar_path(path).exists() and read_scan(path).history == ()
+
+
+@pytest.mark.parametrize("spoil", ["cut", "list", "version", "marker", "shape", "box", "box type", "at", "history", "deep", "no header"])
+def test_sidecars_that_are_not_believed(toy, tmp_path, caplog, spoil):
+    _, scan = toy
+    note = {**FORGED, "at": [1, 2, 3], "box": [[0, 3], [1, 5], [2, 6]]}
+    path = write_scan(scan.with_hu(scan.hu + np.int16(1), note), tmp_path / "one.mha")
+    file = sidecar_path(path)
+    told = json.loads(file.read_text())
+    if spoil == "version": told["version"] = 2
+    if spoil == "marker": told["marker"] = told["marker"].replace("inject", "remove") + "?"
+    if spoil == "shape": told["shape"][0] += 1
+    if spoil == "box": told["history"][0]["box"][2] = [0, 10**6]
+    if spoil == "box type": told["history"][0]["box"] = [[0, "3"], [1, 5], [2, 6]]
+    if spoil == "at": told["history"][0]["at"] = [1, None, 3]
+    if spoil == "history": told["history"] = [3]
+    file.write_text({"cut": file.read_text()[:40], "list": "[]", "deep": "[" * 100_000}.get(spoil, json.dumps(told)))
+    if spoil == "no header":
+        other = write_scan(scan, tmp_path / "other.mha")
+        os.replace(file, sidecar_path(other)); path = other
+    with caplog.at_level(logging.WARNING): assert read_scan(path).history == ()
+    assert bool(caplog.records) == (spoil != "no header")
 
 
 def test_protected_series_says_so(toy, tmp_path):

@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['Tampering', 'check_place', 'cuboid_box', 'interp_matrix', 'resample3', 'cut_cube', 'Equalizer', 'save_equalizer',
            'load_equalizer', 'centre_mask', 'neighbour_sum', 'harmonic_inpaint', 'fill_cube', 'box_positions', 'fade',
-           'smooth3', 'fine_detail', 'noise_level', 'quiet_shift', 'make_noise', 'exchanged', 'released_touch_up',
-           'paste_cube', 'as_places', 'tamper_tensor', 'scan_noise', 'tamper']
+           'smooth_slices', 'fine_detail', 'quiet_tissue', 'noise_level', 'quiet_shift', 'noise_around', 'patch_noise',
+           'make_noise', 'exchanged', 'released_touch_up', 'paste_cube', 'as_places', 'own_rim', 'tamper_tensor',
+           'scan_noise', 'check_scan', 'pack_mask', 'forgery_note', 'tamper', 'GroundTruth', 'note_mask',
+           'ground_truth', 'seam_ratio', 'quiet_zones', 'noise_ratio', 'masked_spectrum', 'noise_spectrum',
+           'outside_lung']
 
 # %% ../../nbs/08_attack.tamper.ipynb #f5cf48d3
-import math
+import base64, math, zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -281,30 +285,51 @@ def fade(positions:np.ndarray, # along one axis, in samples of the cube
     return 1 - t * t * (3 - 2 * t)
 
 # %% ../../nbs/08_attack.tamper.ipynb #4bb3a553
-def smooth3(x:torch.Tensor, # (z, y, x)
-            sigma # (z, y, x) in voxels
-           ) -> torch.Tensor: # same shape
-    "Gaussian smoothing along the three axes; beyond the edge there is nothing, and the remaining weights sum to one."
-    for axis, (n, s) in enumerate(zip(x.shape, sigma)):
-        i = torch.arange(n, dtype=x.dtype, device=x.device)
-        g = torch.exp(-0.5 * ((i[:, None] - i) / float(s)) ** 2)
-        x = torch.tensordot(g / g.sum(1, keepdim=True), x, dims=([1], [axis])).movedim(0, axis)
+def smooth_slices(x:torch.Tensor, # (z, y, x)
+                  spacing, # (z, y, x) mm
+                  sigma:float # mm
+                 ) -> torch.Tensor: # same shape
+    "Gaussian smoothing in the slices (across them noise hardly correlates); beyond the edge there is nothing, and the remaining weights sum to one."
+    with torch.autocast(x.device.type, enabled=False):
+        for axis in (1, 2):
+            i = torch.arange(x.shape[axis], dtype=x.dtype, device=x.device) * (float(spacing[axis]) / sigma)
+            g = torch.exp(-0.5 * (i[:, None] - i) ** 2)
+            g = g / g.sum(1, keepdim=True)
+            x = g @ x if axis == 1 else x @ g.T
     return x
 
 # %% ../../nbs/08_attack.tamper.ipynb #f2e72e41
 def fine_detail(x:torch.Tensor, # (z, y, x) HU
                 spacing, # (z, y, x) mm
-                sigma:float=3. # mm
+                sigma:float=3., # mm
+                tissue:torch.Tensor=None # (z, y, x) bool: smooth within it only, and return 0 elsewhere
                ) -> torch.Tensor: # (z, y, x) HU
-    "What smoothing in the slices removes: the noise, and the edges of vessels. (Across slices noise hardly correlates, so z is left alone.)"
-    s = np.asarray(spacing, float)
-    return x - smooth3(x, (1e-3, sigma / s[1], sigma / s[2]))
+    "What smoothing in the slices removes: the noise, and without `tissue` the edges of vessels too."
+    if tissue is None: return x - smooth_slices(x, spacing, sigma)
+    w = tissue.to(x)
+    mean = smooth_slices(x * w, spacing, sigma) / smooth_slices(w, spacing, sigma).clamp(min=1e-3)
+    return torch.where(tissue, x - mean, torch.zeros_like(x))
 
 # %% ../../nbs/08_attack.tamper.ipynb #e190bc7f
-def noise_level(detail:torch.Tensor # HU, from `fine_detail`
+def quiet_tissue(x:torch.Tensor, # (z, y, x) HU
+                 spacing, # (z, y, x) mm
+                 band:tuple=(-1000., -600.), # HU, after smoothing: air-filled lung
+                 slope:float=30. # HU per mm, after smoothing: steeper is the edge of a vessel or nodule
+                ) -> torch.Tensor: # (z, y, x) bool
+    "Voxels of one kind of tissue, away from every edge: what varies there is noise. Smoothed by 2 mm in the slices before it is looked at."
+    if min(x.shape[1:]) < 3: return torch.zeros_like(x, dtype=torch.bool)
+    s = smooth_slices(x, spacing, 2.)
+    dy, dx = (torch.gradient(s, spacing=float(spacing[axis]), dim=axis)[0] for axis in (1, 2))
+    return (s > band[0]) & (s < band[1]) & (dy * dy + dx * dx < slope * slope)
+
+# %% ../../nbs/08_attack.tamper.ipynb #30daba25
+def noise_level(detail:torch.Tensor, # HU, from `fine_detail`
+                where:torch.Tensor=None, # bool, which voxels; None: all of them
+                least:int=100 # with fewer voxels the level is 0
                ) -> torch.Tensor: # scalar, HU
     "Robust standard deviation: 1.4826 x the median magnitude, which the few voxels at vessels hardly move."
-    return 1.4826 * detail.abs().flatten().median()
+    values = detail.flatten() if where is None else detail[where]
+    return 1.4826 * values.abs().median() if len(values) >= least else detail.new_zeros(())
 
 # %% ../../nbs/08_attack.tamper.ipynb #37d65177
 def quiet_shift(hu:torch.Tensor, # (z, y, x) HU, any dtype
@@ -333,6 +358,42 @@ def quiet_shift(hu:torch.Tensor, # (z, y, x) HU, any dtype
     return tuple(shifts[rng(seed, "quiet_shift", *np.rint(at * 100).astype(int).tolist()).choice(best)].tolist())
 
 # %% ../../nbs/08_attack.tamper.ipynb #f28c9feb
+def noise_around(hu:torch.Tensor, # (z, y, x) HU, any dtype
+                 at, # (z, y, x) voxels
+                 spacing, # (z, y, x) mm
+                 settings:Tampering=Tampering() # cube, mask, blend
+                ) -> tuple: # (noise level in HU, HU of the tissue)
+    "The scan's own noise in quiet lung around a place, from what a forgery leaves alone up to 24 mm away; without lung, from what is like its median."
+    box = cuboid_box(at, spacing, hu.shape, settings.cube + 16)
+    step = max(1, round(2.5 / float(spacing[0])))                  # slices lie side by side: every 2.5 mm is enough
+    here = hu[slice(*box[0], step), slice(*box[1]), slice(*box[2])].float()
+    far = [torch.as_tensor(np.abs(p - (settings.cube - 1) / 2) > settings.mask / 2 + settings.blend, device=hu.device) for p in box_positions(at, spacing, box, settings.cube)]
+    free = far[0][::step, None, None] | far[1][:, None] | far[2]
+    quiet = quiet_tissue(here, spacing) & free
+    if quiet.sum() >= 100: return noise_level(fine_detail(here, spacing, tissue=quiet), quiet), here[quiet].median()
+    if not free.any(): free = torch.ones_like(quiet)
+    like = here[free].median()
+    return noise_level(fine_detail(here, spacing), free & ((here - like).abs() < 150)), like
+
+# %% ../../nbs/08_attack.tamper.ipynb #d8a88569
+def patch_noise(patch:torch.Tensor, # (z, y, x) HU of a quiet cuboid
+                spacing # (z, y, x) mm
+               ) -> torch.Tensor: # (z, y, x) HU, mean about zero
+    """The noise of a patch: its detail finer than 6 mm, coarser than what the yardstick measures.
+
+    Where the patch has a vessel, a mirrored copy of its noise is put, or else its own detail, limited to three times the level (noise: six times)."""
+    quiet = quiet_tissue(patch, spacing)
+    if quiet.sum() < 1000: quiet = torch.zeros_like(quiet)         # no lung: then all of it is taken as it is
+    calm = fine_detail(patch, spacing, 6., tissue=quiet)
+    raw = fine_detail(patch, spacing, 6.)
+    limit = 3 * (noise_level(calm, quiet) if quiet.any() else noise_level(raw))
+    noise, done = calm, quiet
+    for axes in ((2,), (1,), (1, 2)):
+        take = quiet.flip(axes) & ~done
+        noise, done = torch.where(take, calm.flip(axes), noise), done | take
+    return torch.where(done, noise.clamp(-2 * limit, 2 * limit), raw.clamp(-limit, limit))
+
+# %% ../../nbs/08_attack.tamper.ipynb #45cfbcca
 @torch.no_grad()
 def make_noise(hu:torch.Tensor, # (z, y, x) HU, any dtype: the whole scan, or a crop of it
                at, # (z, y, x) voxels
@@ -340,8 +401,8 @@ def make_noise(hu:torch.Tensor, # (z, y, x) HU, any dtype: the whole scan, or a 
                settings:Tampering=Tampering(), # touch_up chooses the variant
                seed:int=0 # which patch
               ) -> torch.Tensor: # HU, one value for each voxel of `cuboid_box`; a constant for `tamper_tensor`
-    """Texture for the touch-up, taken from the scan itself and never resampled. "ours": the fine detail of a quiet cuboid near the place, its
-    large values (vessels) limited, scaled to the noise around the place (measured by `fine_detail`). "released": the cuboid at (z/2, 0.43 y, 0.27 x), values above
+    """Texture for the touch-up, taken from the scan itself and never resampled. "ours": the noise of a quiet cuboid near the place
+    (`patch_noise`), scaled to the noise around the place (`noise_around`). "released": the cuboid at (z/2, 0.43 y, 0.27 x), values above
     -800 HU replaced, mean subtracted."""
     box = cuboid_box(at, spacing, hu.shape, settings.cube)
     if settings.touch_up == "released":
@@ -351,23 +412,14 @@ def make_noise(hu:torch.Tensor, # (z, y, x) HU, any dtype: the whole scan, or a 
         quiet = patch <= -800
         patch = torch.where(quiet, patch, patch[quiet].mean() if quiet.any() else patch.mean())
         return patch - patch.mean()
-    here = hu[tuple(slice(a, b) for a, b in box)].float()
-    if settings.touch_up is None: return torch.zeros_like(here)
-    rim = torch.ones_like(here)                                   # the part that a forgery leaves alone: outside mask and fade
-    for axis, p in enumerate(box_positions(at, spacing, box, settings.cube)):
-        w = fade(p, settings.cube, settings.mask, settings.blend) > 0
-        rim = rim * torch.as_tensor(w, device=hu.device).view([-1 if i == axis else 1 for i in range(3)])
-    rim = rim == 0
-    like = here[rim].median()
-    level = noise_level(fine_detail(here, spacing)[rim & ((here - like).abs() < 150)])
+    if settings.touch_up is None: return torch.zeros([b - a for a, b in box], device=hu.device)
+    level, like = noise_around(hu, at, spacing, settings)
     shift = quiet_shift(hu, at, spacing, float(like), seed, settings.cube)
     patch = hu[tuple(slice(a + s, b + s) for s, (a, b) in zip(shift, box))].float()
-    detail = fine_detail(patch, spacing, 2 * 3.)                   # keep coarser texture than the yardstick measures
-    sigma = noise_level(detail)
-    detail = detail.clamp(-3 * sigma, 3 * sigma)
-    sigma = noise_level(fine_detail(detail, spacing))
-    if sigma < 1e-3: return torch.zeros_like(detail)              # a scan without noise
-    return detail * (level / sigma * settings.noise_gain)
+    noise = patch_noise(patch, spacing)
+    sigma = noise_level(fine_detail(noise, spacing))
+    if sigma < 1e-3: return torch.zeros_like(noise)               # a scan without noise
+    return noise * (level / sigma * settings.noise_gain)
 
 # %% ../../nbs/08_attack.tamper.ipynb #e095687f
 def exchanged(new:torch.Tensor, # (size, size, size) HU: what shall be there
@@ -429,6 +481,7 @@ def paste_cube(hu:torch.Tensor, # (z, y, x) HU
         changed = changed + noise * ((share * (2 - share) + 1e-4).sqrt() - 1e-2)
     changed = torch.maximum(changed, there.clamp(max=settings.low))   # never below -1000 nor above 2000 HU, unless it was before
     changed = torch.minimum(changed, there.clamp(min=settings.high))
+    changed = torch.where(there < settings.low - 500, there, changed)   # padding outside the field of view is no tissue
     out = hu.clone()
     out[crop] = changed
     return out
@@ -444,6 +497,25 @@ def as_places(at # (z, y, x), or several of them
     return out
 
 # %% ../../nbs/08_attack.tamper.ipynb #06daccac
+def own_rim(new:torch.Tensor, # (size, size, size) HU: the in-painter's cube
+            old:torch.Tensor, # (size, size, size) HU: the scan's
+            settings:Tampering, # mask, paste
+            textured:bool=True # will noise be pasted? Then the rim's own noise is taken out of `new`
+           ) -> torch.Tensor: # (size, size, size) HU
+    """Outside the mask the scan's own tissue replaces the in-painter's copy of it, so that vessels run on through the border.
+
+    Its noise stays behind where it is quiet: `paste_cube` then fades from the scan's noise to the new texture. "released" keeps the copy."""
+    if settings.paste == "released": return new
+    rim = old
+    if textured:
+        mm = (1., 1., 1.)
+        quiet = quiet_tissue(old.detach(), mm)
+        noise = fine_detail(old, mm, tissue=quiet)
+        limit = 3 * noise_level(noise, quiet)
+        rim = old - noise.clamp(-limit, limit)
+    return torch.where(centre_mask(settings.cube, settings.mask, old.device), new, rim)
+
+# %% ../../nbs/08_attack.tamper.ipynb #da5d6bee
 def tamper_tensor(hu:torch.Tensor, # (z, y, x) floating point HU: a volume, or a crop of it with `at` counted from the crop's corner
                   at, # (z, y, x) voxels, or several places
                   spacing, # (z, y, x) mm
@@ -465,7 +537,7 @@ def tamper_tensor(hu:torch.Tensor, # (z, y, x) floating point HU: a volume, or a
         part = tuple(slice(a, b + 2) for a, (_, b) in zip(lo, box))
         piece, here = hu[part], place - np.asarray(lo)            # one read and one write of the volume: so is the backward pass
         old = cut_cube(piece, here, spacing, settings.cube).clamp(settings.low, settings.high)
-        new = fill_cube(old, inpaint, settings, equalizer)
+        new = own_rim(fill_cube(old, inpaint, settings, equalizer), old, settings, noise is not None)
         texture = noise(new, old, place) if callable(noise) else noise[i] if isinstance(noise, (list, tuple)) else noise
         piece = paste_cube(piece, new, old, here, spacing, settings, texture, action)
         hu = hu.clone()
@@ -477,7 +549,9 @@ def scan_noise(scan:Scan, # the scan that is forged, whole
                settings:Tampering, # touch_up, noise_gain
                seed:int=0 # which patches
               ): # callable (new, old, at) -> noise for `tamper_tensor`, or None
-    "The touch-up's texture for `tamper`: `make_noise`, weakened by the noise that the in-painter has made itself."
+    """The touch-up's texture for `tamper`: `make_noise` in place of the grain that the in-painter made itself.
+
+    In quiet tissue that grain (up to twice its level; more is a small vessel) is subtracted, and the scan's noise is weakened by what is left of it."""
     if settings.touch_up is None: return None
     hu, size = torch.from_numpy(scan.hu), settings.cube
     def texture(new, old, at):
@@ -485,13 +559,55 @@ def scan_noise(scan:Scan, # the scan that is forged, whole
         if settings.touch_up == "released": return noise
         where = box_positions(at, scan.spacing, cuboid_box(at, scan.spacing, scan.shape, size), size)
         fake = resample3(new.detach().float().cpu(), where)
-        centre = tuple(torch.as_tensor(np.abs(p - (size - 1) / 2) <= settings.mask / 2) for p in where)
-        inside = lambda x: fine_detail(x, scan.spacing)[centre[0]][:, centre[1]][:, :, centre[2]]
-        own = noise_level(inside(fake)) / noise_level(inside(noise)).clamp(min=1e-3)
-        return noise * (1 - own ** 2).clamp(min=0).sqrt()
+        near = [torch.as_tensor(np.abs(p - (size - 1) / 2) <= settings.mask / 2) for p in where]
+        quiet = quiet_tissue(fake, scan.spacing)
+        centre = quiet & near[0][:, None, None] & near[1][:, None] & near[2]
+        grain = fine_detail(fake, scan.spacing, 5., tissue=quiet)
+        limit = 2 * noise_level(grain, centre)
+        grain = grain.clamp(-limit, limit)
+        left = noise_level(fine_detail(fake - grain, scan.spacing, tissue=quiet), centre)
+        goal = noise_level(fine_detail(noise, scan.spacing)).clamp(min=1e-3)
+        here = noise_level(fine_detail(noise, scan.spacing, tissue=quiet), centre)   # the patch may be noisier here than on average
+        return noise * ((goal ** 2 - left ** 2).clamp(min=0).sqrt() / (here if here > 0 else goal)) - grain
     return texture
 
 # %% ../../nbs/08_attack.tamper.ipynb #a189b50a
+def check_scan(scan:Scan, # the scan to be forged
+               places:np.ndarray, # (n, 3) voxels
+               settings:Tampering=Tampering() # cube, mask
+              ) -> None:
+    "Raise `PlaceError` for a place outside, `ScanError` for a scan in which the masked centre has no room, or whose values are no HU of a chest. Looks at cuboids only."
+    for place in places: check_place(place, scan.spacing, scan.shape)
+    extent = np.asarray(scan.shape) * scan.spacing
+    if (extent < settings.mask - 1e-6).any():
+        raise ScanError(f"The scan covers {' x '.join(f'{e:.0f}' for e in extent)} mm (z, y, x), but the cuboid has {settings.cube} mm and its centre alone {settings.mask} mm; use more slices, or a larger part of them.")
+    for place in places:
+        box = tuple(slice(*b) for b in cuboid_box(place, scan.spacing, scan.shape, settings.cube))
+        if scan.hu[box].min() >= 0 and (low := scan.hu.min()) >= 0:          # the whole scan only when the cuboid looks odd
+            raise ScanError(f"The scan's values run from {low:g} to {scan.hu.max():g}, none below 0 HU: this is an 8-bit picture or a series without rescaling; use the CT in HU.")
+
+# %% ../../nbs/08_attack.tamper.ipynb #71880e3c
+def pack_mask(mask:np.ndarray # bool, any shape
+             ) -> str: # ASCII
+    "A mask as text for a JSON file: one bit a voxel, deflated, base64."
+    return base64.b64encode(zlib.compress(np.packbits(mask).tobytes(), 6)).decode()
+
+# %% ../../nbs/08_attack.tamper.ipynb #e4f13e1b
+def forgery_note(scan:Scan, # the scan before
+                 hu:np.ndarray, # its values after
+                 place:np.ndarray, # (z, y, x) voxels
+                 action:str, # "inject" or "remove"
+                 settings:Tampering, # as used
+                 seed:int # as used
+                ) -> dict: # JSON-able
+    "What the history says about one place: where (voxels and mm), how, and which voxels of its box changed, bit for bit."
+    box = cuboid_box(place, scan.spacing, scan.shape, settings.cube)
+    inside = tuple(slice(*b) for b in box)
+    changed = hu[inside] != scan.hu[inside]
+    return {"kind": "forged", "action": action, "at": place.tolist(), "at_mm": scan.voxel_to_world(place).round(4).tolist(), "box": [list(b) for b in box], "shape": list(scan.shape),
+            "seed": int(seed), "voxels_changed": int(changed.sum()), "changed": pack_mask(changed), "settings": asdict(settings)}
+
+# %% ../../nbs/08_attack.tamper.ipynb #0df0a79c
 def tamper(scan:Scan, # the scan; it is not changed
            at, # (z, y, x) voxels or, with system="world", (x, y, z) mm; or several places
            inpaint, # callable (1, 1, c, c, c) -> same shape in the normalised domain
@@ -500,25 +616,168 @@ def tamper(scan:Scan, # the scan; it is not changed
            equalizer:Equalizer=None, # fitted on lung cubes; None = straight line
            seed:int=0, # of the touch-up
            system:str="voxel" # "voxel" or "world"
-          ) -> Scan: # new scan in whole HU; each place leaves a note in its history
+          ) -> Scan: # new scan in whole HU; each place leaves a note in its history (see `ground_truth`)
     "Forge a scan. Voxels outside the cuboids are bit-identical, and so are the scan's dtype and geometry. Raises `PlaceError`, `ScanError`, `UsageError`."
     if system not in ("voxel", "world"): raise UsageError(f"system is {system!r}; it must be 'voxel' or 'world'.")
-    if scan.hu.dtype not in (np.int16, np.float32): raise ScanError(f"The scan holds {scan.hu.dtype}; HU come as int16 or float32.")
     places = as_places(at)
     if system == "world": places = np.asarray(scan.world_to_voxel(places), dtype=float)
-    for place in places: check_place(place, scan.spacing, scan.shape)
-    hu, notes, noise = scan.hu.copy(), [], scan_noise(scan, settings, seed)
-    for place in places:
-        box = cuboid_box(place, scan.spacing, scan.shape, settings.cube)
-        lo = np.array([max(a - 2, 0) for a, _ in box])            # two more voxels on each side, for the interpolation
-        part = hu[tuple(slice(a, b + 2) for a, (_, b) in zip(lo, box))]
-        before = torch.from_numpy(part.astype(np.float32))
-        texture = None if noise is None else lambda new, old, _: noise(new, old, place)   # counted from the whole scan's corner
-        with torch.no_grad(): after = tamper_tensor(before, place - lo, scan.spacing, inpaint, settings, equalizer, texture, action)
-        if not torch.isfinite(after).all(): raise UsageError("The in-painter returned values that are not finite; check its weights.")
-        np.copyto(part, np.rint(after.numpy()).astype(part.dtype), where=(after != before).numpy())
-        inside = tuple(slice(*b) for b in box)
-        notes.append({"kind": "forged", "action": action, "at": place.tolist(), "box": [list(b) for b in box], "seed": int(seed),
-                      "voxels_changed": int((hu[inside] != scan.hu[inside]).sum()), "settings": asdict(settings)})
+    check_scan(scan, places, settings)
+    hu, noise = scan.hu, scan_noise(scan, settings, seed)
+    with ThreadPoolExecutor(1) as worker:                         # the copy, all that depends on the size of the scan, is made meanwhile
+        copy = worker.submit(scan.hu.copy)
+        for place in places:
+            box = cuboid_box(place, scan.spacing, scan.shape, settings.cube)
+            lo = np.array([max(a - 2, 0) for a, _ in box])        # two more voxels on each side, for the interpolation
+            part = tuple(slice(a, b + 2) for a, (_, b) in zip(lo, box))
+            before = torch.from_numpy(hu[part].astype(np.float32))
+            texture = None if noise is None else lambda new, old, _: noise(new, old, place)   # counted from the whole scan's corner
+            with torch.no_grad(): after = tamper_tensor(before, place - lo, scan.spacing, inpaint, settings, equalizer, texture, action)
+            if not torch.isfinite(after).all(): raise UsageError("The in-painter returned values that are not finite; check its weights.")
+            hu = copy.result()
+            np.copyto(hu[part], np.rint(after.numpy()).astype(hu.dtype), where=(after != before).numpy())
+    notes = [forgery_note(scan, hu, place, action, settings, seed) for place in places]
     for note in notes: scan = scan.with_hu(hu, note=note)
     return scan
+
+# %% ../../nbs/08_attack.tamper.ipynb #c84397d9
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    "What is known about a scan that was forged with this library."
+    mask: np.ndarray                # bool (z, y, x): voxels that were changed
+    places: tuple                   # one dict per place: action, at (z, y, x), at_mm (x, y, z), box, voxels_changed, seed
+    settings: tuple                 # one dict per place: the `Tampering` that was used
+
+    def __repr__(self): return f"GroundTruth({len(self.places)} places, {int(self.mask.sum())} of {self.mask.size} voxels changed)"
+
+# %% ../../nbs/08_attack.tamper.ipynb #50389079
+def note_mask(note:dict # of a forgery, from a scan's history
+             ) -> np.ndarray: # bool, the shape of the note's box
+    "Which voxels of its box a forgery changed; all of them where the note does not say. Raises `ScanError` for a damaged note."
+    shape = [int(b) - int(a) for a, b in note["box"]]
+    if "changed" not in note: return np.ones(shape, bool)
+    n = math.prod(shape)
+    try: bits = np.frombuffer(zlib.decompressobj().decompress(base64.b64decode(note["changed"], validate=True), n // 8 + 1), np.uint8)
+    except (ValueError, TypeError, zlib.error) as e: raise ScanError(f"The note about the forgery at {note.get('at')} holds an unreadable mask ({e}); forge the scan again.") from e
+    if len(bits) != -(-n // 8): raise ScanError(f"The note about the forgery at {note.get('at')} holds a mask of another size than its box; forge the scan again.")
+    return np.unpackbits(bits, count=n).astype(bool).reshape(shape)
+
+# %% ../../nbs/08_attack.tamper.ipynb #0e65abe0
+def ground_truth(scan:Scan, # a scan with its history: from `tamper`, or read from a file with its side-car
+                 original:Scan=None # the scan before it was forged, where it is at hand
+                ) -> GroundTruth: # nothing but zeros for a scan without forgeries
+    "Mask, places and settings of all forgeries of a scan. Raises `ScanError` for a scan that was resampled after it was forged, or another original."
+    notes = [note for note in scan.history if note.get("kind") == "forged"]
+    mask = np.zeros(scan.shape, bool)
+    if original is not None and original.shape != scan.shape: raise ScanError(f"The original has {original.shape} voxels, the forged scan {scan.shape}; give the scan that was forged.")
+    for note in notes:
+        if tuple(note.get("shape", scan.shape)) != scan.shape: raise ScanError(f"The forgery was made on a grid of {tuple(note['shape'])} voxels, the scan has {scan.shape}; take the truth before resampling.")
+        box = tuple(slice(*b) for b in note["box"])
+        mask[box] |= note_mask(note) if original is None else scan.hu[box] != original.hu[box]
+    keys = ("action", "at", "at_mm", "box", "voxels_changed", "seed")
+    return GroundTruth(mask, tuple({k: note[k] for k in keys if k in note} for note in notes), tuple(dict(note.get("settings", {})) for note in notes))
+
+# %% ../../nbs/08_attack.tamper.ipynb #fa4102b6
+def seam_ratio(before:Scan, # the scan as it was
+               after:Scan, # the forged one
+               at, # (z, y, x) voxel
+               edge:float=20. # mm; the mask's edge: border of the filled centre; 31: border of the cuboid
+              ) -> float: # 1 = no seam
+    "Mean step between neighbours across the faces of a cube around the place, after / before; mean over the axes (Eq. 9). Faces outside the scan do not count."
+    at, spacing = check_place(at, before.spacing, before.shape)
+    sides = [(math.ceil(a - edge / 2 / s), math.floor(a + edge / 2 / s) + 1) for a, s in zip(at, spacing)]      # voxels inside, half open
+    ratios = []
+    for axis, n in enumerate(before.shape):
+        cuts, face = [k for k in sides[axis] if 0 < k < n], [slice(max(a, 0), b) for a, b in sides]
+        totals = [0., 0.]
+        for k in cuts:
+            face[axis] = slice(k - 1, k + 1)
+            for i, scan in enumerate((after, before)): totals[i] += float(np.abs(np.diff(scan.hu[tuple(face)].astype(np.float32), axis=axis)).sum())
+        if cuts: ratios.append(totals[0] / max(totals[1], 1e-6))
+    if not ratios: raise PlaceError(f"A cube of {edge:g} mm around {at.tolist()} has no face inside the scan; ask for a smaller one.")
+    return float(np.mean(ratios))
+
+# %% ../../nbs/08_attack.tamper.ipynb #29eebf2a
+def quiet_zones(scan:Scan, # any
+                at, # (z, y, x) voxel
+                edge:float, # mm: the zone inside is the cube of this edge around the place
+                reach:float, # mm: the zone outside is the cube of this edge, without the cuboid of 32 mm
+                band, # HU of the tissue
+                sigma:float # mm, of the smoothing that noise is what is left of
+               ) -> tuple: # (noise, inside, outside): (z, y, x) HU around the place, and bool masks of quiet tissue
+    "Noise of quiet tissue in the forged centre, and in what surrounds the cuboid."
+    at, spacing = check_place(at, scan.spacing, scan.shape)
+    box = [(max(math.ceil(a - reach / 2 / s), 0), min(math.floor(a + reach / 2 / s) + 1, n)) for a, s, n in zip(at, spacing, scan.shape)]
+    hu = torch.from_numpy(scan.hu[tuple(slice(*b) for b in box)].astype(np.float32))
+    far = [torch.as_tensor(np.abs(np.arange(*b) - a) * s) for b, a, s in zip(box, at, spacing)]
+    far = torch.maximum(torch.maximum(far[0][:, None, None], far[1][:, None]), far[2])
+    quiet = quiet_tissue(hu, spacing, band)
+    return fine_detail(hu, spacing, sigma, tissue=quiet), quiet & (far <= edge / 2), quiet & (far > 16)
+
+# %% ../../nbs/08_attack.tamper.ipynb #6ddd37e6
+def noise_ratio(scan:Scan, # forged, or untouched as a control
+                at, # (z, y, x) voxel
+                edge:float=20., # mm: edge of the forged centre
+                reach:float=60., # mm: edge of the cube that surrounds it
+                band:tuple=(-1000., -600.) # HU of the tissue in which noise is compared: air-filled lung
+               ) -> float: # 1 = as noisy as its surroundings; nan with fewer than 200 quiet voxels on either side
+    "Robust noise level of quiet tissue in the forged centre over that outside the cuboid."
+    noise, inside, outside = quiet_zones(scan, at, edge, reach, band, 3.)
+    if min(int(inside.sum()), int(outside.sum())) < 200: return math.nan
+    return float(noise_level(noise, inside) / noise_level(noise, outside).clamp(min=1e-6))
+
+# %% ../../nbs/08_attack.tamper.ipynb #a57a6907
+def masked_spectrum(noise:np.ndarray, # (z, y, x) HU, zero off the mask
+                    mask:np.ndarray, # (z, y, x) bool
+                    spacing, # (z, y, x) mm
+                    reach:float=8. # mm: largest shift, where the Hann window is zero
+                   ) -> tuple: # (frequency 1/mm, power HU^2 mm^2), both (k,): rings of 1 / (2 reach) up to the Nyquist frequency
+    "Radial in-plane noise power spectrum of an irregular region (Eq. 10), averaged over slices; nan without voxels. Small values may dip below zero."
+    dy, dx = float(spacing[1]), float(spacing[2])
+    ly, lx = int(reach / dy), int(reach / dx)
+    shape = (mask.shape[1] + ly, mask.shape[2] + lx)               # room for the shifts, so that nothing wraps round
+    products = [np.fft.irfft2((np.abs(np.fft.rfft2(a, s=shape)) ** 2).sum(0), s=shape) for a in (np.where(mask, noise, 0.), mask.astype(float))]
+    rows, cols = np.arange(-ly, ly + 1), np.arange(-lx, lx + 1)
+    total, pairs = (p[np.ix_(rows, cols)] for p in products)
+    far = np.hypot(rows[:, None] * dy, cols * dx) / reach
+    hann = np.where(far < 1, 0.5 + 0.5 * np.cos(np.pi * far), 0)
+    shift = np.where(pairs > 0.5, total / np.maximum(pairs, 1), 0.) * hann
+    power = dy * dx * np.fft.fft2(np.fft.ifftshift(shift)).real
+    f = np.hypot(np.fft.fftfreq(len(rows), dy)[:, None], np.fft.fftfreq(len(cols), dx))
+    rings = np.arange(0, 0.5 / max(dy, dx) + 1e-9, 1 / (2 * reach))
+    which = np.digitize(f, rings - rings[1] / 2) - 1
+    power = np.array([power[which == k].mean() for k in range(len(rings))])
+    return rings, power if mask.any() else np.full(len(rings), np.nan)
+
+# %% ../../nbs/08_attack.tamper.ipynb #2fe9b43c
+def noise_spectrum(scan:Scan, # forged, or untouched as a control
+                   at, # (z, y, x) voxel
+                   edge:float=20., # mm: edge of the forged centre
+                   reach:float=60., # mm: edge of the cube that surrounds it
+                   band:tuple=(-1000., -600.) # HU of the tissue: air-filled lung
+                  ) -> tuple: # (frequency 1/mm, inside, outside): HU^2 mm^2, (k,) each
+    "Noise power spectra of quiet tissue in the forged centre and outside the cuboid. Average over places before you take logarithms."
+    noise, inside, outside = quiet_zones(scan, at, edge, reach, band, 6.)
+    frequency, power = masked_spectrum(noise.numpy(), inside.numpy(), scan.spacing)
+    return frequency, power, masked_spectrum(noise.numpy(), outside.numpy(), scan.spacing)[1]
+
+# %% ../../nbs/08_attack.tamper.ipynb #ebc7ebd7
+def outside_lung(scan:Scan, # any
+                 at, # (z, y, x) voxels, one place or several
+                 mask:np.ndarray=None, # lung mask, where you have it already; None makes one (seconds)
+                 slack:float=3. # mm by which a place may miss the mask
+                ) -> list: # of str: one sentence for each place outside; [] if there is none
+    "Which places lie outside the lung? For warnings: such a forgery is made, but will hardly convince. Raises `PlaceError`."
+    from scipy import ndimage as ndi
+    from mits_nb.data import lung_mask as find_lung
+    places, said = as_places(at), []
+    for place in places: check_place(place, scan.spacing, scan.shape)
+    mask = find_lung(scan) if mask is None else mask
+    if not mask.any(): return ["no lung was found in this scan: the forgery will hardly convince"]
+    for place in places:
+        box = cuboid_box(place, scan.spacing, scan.shape, 120)
+        here, part = tuple(int(round(float(p))) - b[0] for p, b in zip(place, box)), mask[tuple(slice(*b) for b in box)]
+        here = tuple(min(max(i, 0), n - 1) for i, n in zip(here, part.shape))
+        if part[here]: continue
+        far = ndi.distance_transform_edt(~part, sampling=scan.spacing)[here] if part.any() else math.inf
+        if far > slack: said.append(f"the place z, y, x = {', '.join(f'{float(v):g}' for v in place)} lies {f'{far:.0f} mm' if far < 60 else 'more than 60 mm'} outside the lung: the forgery will hardly convince")
+    return said
