@@ -6,7 +6,9 @@
 __all__ = ['Tampering', 'check_place', 'cuboid_box', 'interp_matrix', 'resample3', 'cut_cube', 'Equalizer', 'save_equalizer',
            'load_equalizer', 'centre_mask', 'neighbour_sum', 'harmonic_inpaint', 'fill_cube', 'box_positions', 'fade',
            'smooth3', 'fine_detail', 'noise_level', 'quiet_shift', 'make_noise', 'exchanged', 'released_touch_up',
-           'paste_cube', 'as_places', 'tamper_tensor', 'scan_noise', 'tamper']
+           'paste_cube', 'as_places', 'tamper_tensor', 'scan_noise', 'tamper', 'changed_box', 'Step', 'Forgeries',
+           'playground_controls', 'TamperPlayground', 'say', 'refresh_playground', 'choose_place', 'working',
+           'wire_playground']
 
 # %% ../../nbs/08_attack.tamper.ipynb #f5cf48d3
 import math
@@ -522,3 +524,227 @@ def tamper(scan:Scan, # the scan; it is not changed
                       "voxels_changed": int((hu[inside] != scan.hu[inside]).sum()), "settings": asdict(settings)})
     for note in notes: scan = scan.with_hu(hu, note=note)
     return scan
+
+# %% ../../nbs/08_attack.tamper.ipynb #038d7bbc
+def changed_box(before:np.ndarray, # (z, y, x)
+                after:np.ndarray # same shape
+               ): # ((z0, z1), (y0, y1), (x0, x1)), half open, or None where all voxels are equal
+    "The smallest box that holds every voxel in which two volumes differ; one slice at a time, so it needs little memory."
+    rows, cols, slices = np.zeros(before.shape[1], bool), np.zeros(before.shape[2], bool), []
+    for k in range(len(before)):
+        differs = before[k] != after[k]
+        if differs.any():
+            slices.append(k); rows |= differs.any(1); cols |= differs.any(0)
+    if not slices: return None
+    ends = lambda used: (int(used[0]), int(used[-1]) + 1)
+    return ends(slices), ends(np.flatnonzero(rows)), ends(np.flatnonzero(cols))
+
+# %% ../../nbs/08_attack.tamper.ipynb #84a63c7f
+@dataclass(frozen=True, eq=False)
+class Step:
+    "One forgery that can be taken back."
+    box: tuple          # ((z0, z1), (y0, y1), (x0, x1)): the voxels that changed
+    before: np.ndarray  # HU in the box
+    after: np.ndarray   # HU in the box
+    notes: tuple        # what it added to the scan's history
+
+# %% ../../nbs/08_attack.tamper.ipynb #6d552910
+class Forgeries:
+    "A scan and what was done to it, with undo and redo. `scan` is the present one, `steps[:done]` made it, `steps[done:]` were taken back."
+    def __init__(self, scan:Scan # the scan before all this
+                ): self.before, self.scan, self.steps, self.done = scan, scan, [], 0
+
+    def add(self, forged:Scan # made from `self.scan`
+           ) -> Step:
+        "Take over a forged scan; what was taken back is forgotten. Raises `UsageError` for a scan on another grid, or one in which nothing changed."
+        if not isinstance(forged, Scan) or forged.shape != self.scan.shape: raise UsageError(f"The forger gave {forged!r:.80}; it must give a Scan of shape {self.scan.shape}.")
+        box = changed_box(self.scan.hu, forged.hu)
+        if box is None: raise UsageError("The forger changed no voxel; choose another place or seed.")
+        notes = tuple(forged.history[len(self.scan.history):])
+        if not any(note.get("kind") == "forged" for note in notes): notes += ({"kind": "forged", "box": [list(b) for b in box]},)   # the mark cannot be left out
+        part = tuple(slice(*b) for b in box)
+        step = Step(box, self.scan.hu[part].copy(), forged.hu[part].astype(self.scan.hu.dtype), notes)
+        self.steps[self.done:] = [step]
+        self.redo()
+        return step
+
+    def undo(self) -> None:
+        "Take the last forgery back. Raises `UsageError` when there is none."
+        if not self.done: raise UsageError("There is nothing to undo.")
+        self._go(self.steps[self.done - 1], -1)
+
+    def redo(self) -> None:
+        "Do again what was taken back. Raises `UsageError` when there is nothing."
+        if self.done == len(self.steps): raise UsageError("There is nothing to redo.")
+        self._go(self.steps[self.done], 1)
+
+    def _go(self, step, way):
+        hu = self.scan.hu.copy()
+        hu[tuple(slice(*b) for b in step.box)] = step.after if way > 0 else step.before
+        self.done += way
+        scan = self.before.with_hu(hu) if self.done else self.before
+        for note in [n for s in self.steps[:self.done] for n in s.notes]: scan = scan.with_hu(hu, note)
+        self.scan = scan
+
+# %% ../../nbs/08_attack.tamper.ipynb #09e3b0bc
+def playground_controls(seed:int, # first value of the seed
+                        path:str # first value of the path
+                       ) -> dict: # name -> widget
+    "The controls of the playground, below the viewer's own."
+    import ipywidgets as w
+    button = lambda text, icon, tip, style="": w.Button(description=text, icon=icon, tooltip=tip, button_style=style, layout=w.Layout(width="92px"))
+    number = lambda name: w.IntText(description=name, layout=w.Layout(width="84px"), style={"description_width": "14px"})
+    return {"z": number("z"), "y": number("y"), "x": number("x"),
+            "inject": button("Inject", "plus-circle", "put a nodule at the place", "danger"), "remove": button("Remove", "eraser", "take tissue away at the place", "warning"),
+            "seed": w.BoundedIntText(seed, min=0, max=2**31 - 1, description="seed", layout=w.Layout(width="110px"), style={"description_width": "34px"}),
+            "undo": button("Undo", "undo", "take the last forgery back"), "redo": button("Redo", "repeat", "do it again"),
+            "show": w.ToggleButtons(options=["all", "before", "after", "difference"], style={"button_width": "82px"}, layout=w.Layout(width="auto")),
+            "path": w.Text(path, description="save as", layout=w.Layout(width="330px"), style={"description_width": "54px"}),
+            "save": button("Save", "save", "a folder name for DICOM, or a name that ends in .mha, .nii.gz, ...")}
+
+# %% ../../nbs/08_attack.tamper.ipynb #6b600a22
+class TamperPlayground:
+    "Scroll, click a place, inject or remove, compare, undo, save. Show it by ending a cell with it."
+    def __init__(self, scan:Scan, # the scan to start from
+                 forger, # object with `tamper(scan, at, action, seed=...)`, or a function with these arguments -> Scan
+                 at=None, # (z, y, x) voxel that is chosen at the beginning
+                 seed:int=0, # of the touch-up
+                 lung:np.ndarray=None, # bool (z, y, x); None: `data.lung_mask` finds it (seconds for a large scan)
+                 path:str="forged", # where "Save" writes: a DICOM folder, or a file such as forged.mha
+                 zoom:int=1, # 1, 2 or 4
+                 size:int=340 # longer side of a picture, pixels
+                ):
+        import ipywidgets as w
+        from mits_nb.data import lung_mask
+        from mits_nb.viewer import Pane, SliceViewer
+        self.forge = getattr(forger, "tamper", forger)
+        if not callable(self.forge): raise UsageError(f"A forger is a function or has a method tamper; this is {forger!r:.60}.")
+        self.forgeries, self.lung = Forgeries(scan), lung_mask(scan) if lung is None else np.asarray(lung, bool)
+        if self.lung.shape != scan.shape: raise UsageError(f"The lung mask has shape {self.lung.shape}, the scan {scan.shape}; they must agree.")
+        self.controls, self.message, self.log = playground_controls(seed, path), w.HTML(), w.HTML()
+        self.viewer = SliceViewer([Pane(scan, "before")], at=at, zoom=zoom, size=size)
+        rows = [[self.controls[name] for name in names.split()] for names in ("z y x inject remove seed undo redo", "show path save")]
+        line = w.Layout(flex_flow="row wrap", align_items="center")
+        self.ui = w.VBox([self.viewer, *(w.HBox(row, layout=line) for row in rows), self.message, self.log])
+        wire_playground(self)
+        refresh_playground(self)
+        choose_place(self)
+
+    @property
+    def scan(self) -> Scan: return self.forgeries.scan # the scan as it is now, with its history
+
+    def run(self, action:str, # "inject" or "remove"
+            at=None # (z, y, x) voxel; None: the chosen place
+           ) -> Scan: # the forged scan, which is shown too
+        "Forge at a place. Raises `PlaceError` outside the volume, `UsageError`, and what the forger raises."
+        at = [self.controls[c].value for c in "zyx"] if at is None else [int(c) for c in at]
+        check_place(at, self.scan.spacing, self.scan.shape)
+        self.forgeries.add(self.forge(self.scan, tuple(at), action, seed=self.controls["seed"].value))
+        self.viewer.at = tuple(at)
+        refresh_playground(self)
+        return self.scan
+
+    def save(self, path=None # folder of a DICOM series, or a file such as forged.mha; None: what the field says
+            ) -> Path:
+        "Write the scan; the header says that it is forged, always. Raises `UsageError` when nothing was changed, `OutputError`."
+        from mits_nb.scan import write_scan
+        if not self.forgeries.done: raise UsageError("Nothing has been forged yet, so there is nothing to save.")
+        return write_scan(self.scan, Path(str(path or self.controls["path"].value).strip() or "forged").expanduser())
+
+    def _repr_mimebundle_(self, **options):
+        from mits_nb.viewer import bundle
+        return bundle(self.ui._repr_mimebundle_(**options), self.viewer.still(), f"TamperPlayground({self.forgeries.done} forgeries; needs a running kernel)")
+
+# %% ../../nbs/08_attack.tamper.ipynb #67a052ea
+def say(playground:TamperPlayground, # changed
+        text:str="", # one sentence
+        kind:str="info" # "info", "warning" or "error"
+       ) -> None:
+    "Show a line below the pictures: readable on light and dark pages, and named in words, not by colour alone."
+    import html
+    colour, word = {"info": ("#2e8b57", ""), "warning": ("#c77700", "Warning: "), "error": ("#d9363e", "Error: ")}[kind]
+    playground.message.value = f'<span role="status" style="border-left: 4px solid {colour}; padding-left: 8px">{word}{html.escape(text)}</span>' if text else ""
+
+# %% ../../nbs/08_attack.tamper.ipynb #79801085
+def refresh_playground(playground:TamperPlayground # changed
+                      ) -> None:
+    "Panes, list of what was done and buttons follow the state."
+    import html
+    from mits_nb.viewer import Boxes, Difference, Pane
+    work, controls = playground.forgeries, playground.controls
+    done = work.steps[:work.done]
+    panes = {"before": Pane(work.before, "before"), "after": Pane(work.scan, "after"),
+             "difference": Pane(work.scan, "difference", [Difference(work.before.hu, work.scan.hu), Boxes([s.box for s in done])])}
+    show = controls["show"].value
+    playground.viewer.panes = tuple(panes.values()) if show == "all" else (panes[show],)
+    lines = []
+    for i, step in enumerate(work.steps):
+        words = "; ".join(f"{n.get('action', 'changed')} at z, y, x = {', '.join(f'{c:.0f}' for c in n['at'])}, seed {n.get('seed', '-')}, {n.get('voxels_changed', '?')} voxels" if "at" in n else "changed" for n in step.notes)
+        lines.append(f"<li>{html.escape(words)}</li>" if i < work.done else f'<li style="opacity: 0.5"><s>{html.escape(words)}</s> (undone)</li>')
+    playground.log.value = f"<ol style='margin: 0; line-height: 1.5'>{''.join(lines)}</ol>" if lines else ""
+    for name, usable in (("undo", work.done > 0), ("redo", work.done < len(work.steps)), ("save", work.done > 0)): controls[name].disabled = not usable
+
+# %% ../../nbs/08_attack.tamper.ipynb #47be29de
+def choose_place(playground:TamperPlayground # changed
+                ) -> None:
+    "A place was clicked: copy it to the fields, and say so when it lies outside the lung."
+    at = playground.viewer.at
+    if at is None: return say(playground, "Click a place in the lung, or type one; then inject or remove.")
+    for name, c in zip("zyx", at): playground.controls[name].value = c
+    inside = playground.lung[at]
+    say(playground, "" if inside else f"the place z, y, x = {', '.join(map(str, at))} lies outside the lung; the forger was made for lung tissue.", "info" if inside else "warning")
+
+# %% ../../nbs/08_attack.tamper.ipynb #6be7d927
+def working(playground:TamperPlayground, # changed
+            words:str, # what is being done, for the message
+            job # callable that does it and returns what to say, or None
+           ) -> None:
+    "Do a job with a busy state: pictures dimmed, buttons off; an error becomes one sentence."
+    import logging, time
+    from mits_nb.core import MitsError
+    controls, screen = playground.controls, playground.viewer.screen
+    buttons = [controls[name] for name in ("inject", "remove", "undo", "redo", "save")]
+    states, start = [b.disabled for b in buttons], time.perf_counter()
+    screen.busy = True
+    for b in buttons: b.disabled = True
+    say(playground, f"{words} ...")
+    try:
+        said, kind = job(), "info"
+        said = f"{said or words}: {time.perf_counter() - start:.1f} s"
+    except MitsError as error: said, kind = str(error), "error"
+    except Exception as error:
+        logging.getLogger("mits_nb").exception("the playground could not finish: %s", words)
+        said, kind = f"{words} did not work ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'})", "error"
+    finally: screen.busy = False
+    for b, state in zip(buttons, states): b.disabled = state
+    refresh_playground(playground)
+    say(playground, said, kind)
+
+# %% ../../nbs/08_attack.tamper.ipynb #b9af11eb
+def wire_playground(playground:TamperPlayground # changed
+                   ) -> None:
+    "Tie buttons and fields to what they do."
+    from mits_nb.viewer import set_state
+    controls, viewer = playground.controls, playground.viewer
+    def forge(action):
+        def job():
+            scan = playground.run(action)
+            place = tuple(controls[c].value for c in "zyx")
+            where = "" if playground.lung[place] else ", outside the lung"
+            return f"{action} at z, y, x = {', '.join(map(str, place))}{where}: {scan.history[-1].get('voxels_changed', 'some')} voxels changed"
+        return lambda _: working(playground, {"inject": "Injecting", "remove": "Removing"}[action], job)
+    def save():
+        path = playground.save()
+        return f"Saved {path}, marked as a teaching forgery"
+    def typed(change):
+        at = tuple(controls[c].value for c in "zyx")
+        try: set_state(viewer, "at", at)
+        except PlaceError as error: return say(playground, str(error), "error")
+        viewer.index = at[{"axial": 0, "coronal": 1, "sagittal": 2}[viewer.plane]]
+    for action in ("inject", "remove"): controls[action].on_click(forge(action))
+    controls["undo"].on_click(lambda _: working(playground, "Undone", playground.forgeries.undo))
+    controls["redo"].on_click(lambda _: working(playground, "Done again", playground.forgeries.redo))
+    controls["save"].on_click(lambda _: working(playground, "Saving", save))
+    controls["show"].observe(lambda _: refresh_playground(playground), "value")
+    for c in "zyx": controls[c].observe(typed, "value")
+    viewer.observe(lambda _: choose_place(playground), "at")
