@@ -104,6 +104,15 @@ def test_buttons(playground, scan):
     assert [n["action"] for n in playground.scan.history] == ["inject", "remove"] and not playground.viewer.screen.busy
 
 
+def test_no_place_no_forgery(scan):
+    playground = TamperPlayground(scan, forger, lung=np.ones(scan.shape, bool), size=60)
+    press(playground, "inject")
+    assert "No place is chosen" in playground.message.value and playground.forgeries.done == 0
+    playground.controls["z"].value, playground.controls["y"].value, playground.controls["x"].value = 7, 20, 21
+    press(playground, "inject")
+    assert playground.viewer.at == (7, 20, 21) and playground.scan.history[0]["at"] == [7, 20, 21]
+
+
 def test_views(playground):
     press(playground, "inject")
     for show in ("before", "after", "difference"):

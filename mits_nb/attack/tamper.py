@@ -598,7 +598,7 @@ def playground_controls(seed:int, # first value of the seed
             "inject": button("Inject", "plus-circle", "put a nodule at the place", "danger"), "remove": button("Remove", "eraser", "take tissue away at the place", "warning"),
             "seed": w.BoundedIntText(seed, min=0, max=2**31 - 1, description="seed", layout=w.Layout(width="110px"), style={"description_width": "34px"}),
             "undo": button("Undo", "undo", "take the last forgery back"), "redo": button("Redo", "repeat", "do it again"),
-            "show": w.ToggleButtons(options=["all", "before", "after", "difference"], style={"button_width": "82px"}, layout=w.Layout(width="auto")),
+            "show": w.ToggleButtons(options=["all", "before", "after", "difference"], style={"button_width": "92px"}, layout=w.Layout(width="auto")),
             "path": w.Text(path, description="save as", layout=w.Layout(width="330px"), style={"description_width": "54px"}),
             "save": button("Save", "save", "a folder name for DICOM, or a name that ends in .mha, .nii.gz, ...")}
 
@@ -637,7 +637,9 @@ class TamperPlayground:
             at=None # (z, y, x) voxel; None: the chosen place
            ) -> Scan: # the forged scan, which is shown too
         "Forge at a place. Raises `PlaceError` outside the volume, `UsageError`, and what the forger raises."
-        at = [self.controls[c].value for c in "zyx"] if at is None else [int(c) for c in at]
+        typed = [self.controls[c].value for c in "zyx"]
+        if at is None and self.viewer.at is None and not any(typed): raise UsageError("No place is chosen: click one in the lung, or type z, y and x.")
+        at = typed if at is None else [int(c) for c in at]
         check_place(at, self.scan.spacing, self.scan.shape)
         self.forgeries.add(self.forge(self.scan, tuple(at), action, seed=self.controls["seed"].value))
         self.viewer.at = tuple(at)
