@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Tampering', 'check_place', 'cuboid_box', 'interp_matrix', 'resample3', 'cut_cube', 'Equalizer', 'save_equalizer',
-           'load_equalizer', 'centre_mask', 'neighbour_sum', 'harmonic_inpaint', 'fill_cube', 'box_positions', 'fade',
-           'smooth_slices', 'fine_detail', 'quiet_tissue', 'noise_level', 'quiet_shift', 'noise_around', 'patch_noise',
-           'make_noise', 'exchanged', 'released_touch_up', 'paste_cube', 'as_places', 'own_rim', 'tamper_tensor',
-           'scan_noise', 'check_scan', 'pack_mask', 'forgery_note', 'tamper', 'GroundTruth', 'note_mask',
-           'ground_truth', 'seam_ratio', 'quiet_zones', 'noise_ratio', 'masked_spectrum', 'noise_spectrum',
-           'outside_lung']
+           'load_equalizer', 'centre_mask', 'neighbour_sum', 'harmonic_inpaint', 'soap_film', 'condition', 'fill_cube',
+           'box_positions', 'fade', 'smooth_slices', 'fine_detail', 'quiet_tissue', 'noise_level', 'quiet_shift',
+           'noise_around', 'patch_noise', 'make_noise', 'exchanged', 'released_touch_up', 'paste_cube', 'as_places',
+           'own_rim', 'tamper_tensor', 'scan_noise', 'check_scan', 'pack_mask', 'forgery_note', 'tamper', 'GroundTruth',
+           'note_mask', 'ground_truth', 'seam_ratio', 'quiet_zones', 'noise_ratio', 'masked_spectrum', 'noise_spectrum',
+           'outside_lung', 'changed_box', 'Step', 'Forgeries', 'playground_controls', 'TamperPlayground', 'say',
+           'refresh_playground', 'choose_place', 'working', 'wire_playground']
 
 # %% ../../nbs/08_attack.tamper.ipynb #f5cf48d3
 import base64, math, zlib
@@ -30,6 +31,7 @@ class Tampering:
     "Settings of a forgery. `Tampering()` is ours; `Tampering.released()` follows the released code."
     cube: int = 32                  # edge of the cube, voxels of 1 mm; paper and released: 32
     mask: int = 16                  # edge of the centre that is zeroed; paper 16, released 20
+    start: str = "zeros"            # what the centre holds when the in-painter gets it: "zeros" (paper, released) or "film"
     blend: float = 4.0              # mm outside the mask over which the forgery fades into the scan; released: none
     change: float = 5.0             # HU of mean change from which on tissue counts as exchanged, fine detail and noise included
     paste: str = "ours"             # "ours": add the windowed difference; "released": overwrite the whole cuboid
@@ -43,6 +45,7 @@ class Tampering:
             raise UsageError(f"mask {self.mask} in a cube of {self.cube}: the mask must be smaller, and the rest even.")
         if self.paste not in ("ours", "released") or self.touch_up not in ("ours", "released", None):
             raise UsageError(f"paste={self.paste!r}, touch_up={self.touch_up!r}: use 'ours' or 'released' (touch_up also None).")
+        if self.start not in ("zeros", "film"): raise UsageError(f"start is {self.start!r}; it must be 'zeros' or 'film'.")
         if not (self.blend > 0 and self.mask / 2 + self.blend <= (self.cube - 1) / 2):
             raise UsageError(f"blend {self.blend} mm does not fit between the mask ({self.mask}) and the cube ({self.cube}).")
         if not self.low < self.high: raise UsageError(f"low {self.low} must be below high {self.high}.")
@@ -252,15 +255,40 @@ def harmonic_inpaint(cube:torch.Tensor, # (..., D, H, W) floating point; values 
     tol = tol or (1e-10 if cube.dtype == torch.float64 else 1e-5)
     return known + _LaplaceSolve.apply(neighbour_sum(known) * m, m, degree, tol)
 
+# %% ../../nbs/08_attack.tamper.ipynb #1f2534e6
+def soap_film(x:torch.Tensor, # (..., c, c, c) floating point; what the centre holds does not matter
+              mask:int=16 # edge of the centre, voxels
+             ) -> torch.Tensor: # same shape: the centre replaced by the harmonic continuation of the rim
+    "`harmonic_inpaint` for a cube with a centred hole, in closed form (Eq. 4a)."
+    lo = (x.shape[-1] - mask) // 2
+    if not 0 < lo or (x.shape[-1] - mask) % 2: raise UsageError(f"A hole of {mask} does not lie centred in a cube of {x.shape[-1]} voxels.")
+    k = torch.arange(1, mask + 1, dtype=x.dtype, device=x.device) * (math.pi / (mask + 1))
+    s = torch.sin(k[:, None] * torch.arange(1, mask + 1, dtype=x.dtype, device=x.device)) * math.sqrt(2 / (mask + 1))
+    c = 2 * k.cos()
+    def sines(u): return torch.einsum("ai,bj,ck,...ijk->...abc", s, s, s, u)
+    centre = (..., *[slice(lo, lo + mask)] * 3)
+    hollow = x.masked_fill(centre_mask(x.shape[-1], mask, x.device), 0.)
+    with torch.autocast(x.device.type, enabled=False):            # bf16 would cost the film its smoothness
+        hollow[centre] = sines(sines(neighbour_sum(hollow)[centre]) / (6 - c[:, None, None] - c[:, None] - c))
+    return hollow
+
+# %% ../../nbs/08_attack.tamper.ipynb #c49bce30
+def condition(x:torch.Tensor, # (..., c, c, c) a cube in the normalised domain
+              mask:int=16, # edge of the centre, voxels
+              start:str="zeros" # what its centre shall hold: "zeros" (paper, released) or "film"
+             ) -> torch.Tensor: # same shape: all that the in-painter may know
+    "Step 6: empty the centre. What was there cannot be read from the result."
+    return soap_film(x, mask) if start == "film" else x.masked_fill(centre_mask(x.shape[-1], mask, x.device), 0.)
+
 # %% ../../nbs/08_attack.tamper.ipynb #aaed6a60
 def fill_cube(old:torch.Tensor, # (size, size, size) HU, already within [low, high]
-              inpaint, # callable (1, 1, size, size, size) -> same shape, both in about [-0.5, 0.5], zero where it shall fill in
+              inpaint, # callable (1, 1, size, size, size) -> same shape, both in about [-0.5, 0.5]; gets what `condition` returns
               settings:Tampering, # cube and mask
               equalizer:Equalizer # HU <-> [-0.5, 0.5]
              ) -> torch.Tensor: # (size, size, size) HU
     "Steps 4 to 8: equalise, normalise, zero the centre, let the in-painter fill it, and go back to HU."
     x = equalizer(old)
-    cond = x.masked_fill(centre_mask(settings.cube, settings.mask, x.device), 0.)
+    cond = condition(x, settings.mask, settings.start)
     y = inpaint(cond[None, None])
     if y.shape != (1, 1, *old.shape): raise UsageError(f"The in-painter returned {tuple(y.shape)} for {(1, 1, *old.shape)}; it must keep the shape.")
     return equalizer.inverse(y[0, 0].to(x.dtype).clamp(-0.5, 0.5)).clamp(settings.low, settings.high)
@@ -322,7 +350,7 @@ def quiet_tissue(x:torch.Tensor, # (z, y, x) HU
     dy, dx = (torch.gradient(s, spacing=float(spacing[axis]), dim=axis)[0] for axis in (1, 2))
     return (s > band[0]) & (s < band[1]) & (dy * dy + dx * dx < slope * slope)
 
-# %% ../../nbs/08_attack.tamper.ipynb #30daba25
+# %% ../../nbs/08_attack.tamper.ipynb #21e8390c
 def noise_level(detail:torch.Tensor, # HU, from `fine_detail`
                 where:torch.Tensor=None, # bool, which voxels; None: all of them
                 least:int=100 # with fewer voxels the level is 0
@@ -375,7 +403,7 @@ def noise_around(hu:torch.Tensor, # (z, y, x) HU, any dtype
     like = here[free].median()
     return noise_level(fine_detail(here, spacing), free & ((here - like).abs() < 150)), like
 
-# %% ../../nbs/08_attack.tamper.ipynb #d8a88569
+# %% ../../nbs/08_attack.tamper.ipynb #4455b496
 def patch_noise(patch:torch.Tensor, # (z, y, x) HU of a quiet cuboid
                 spacing # (z, y, x) mm
                ) -> torch.Tensor: # (z, y, x) HU, mean about zero
@@ -393,7 +421,7 @@ def patch_noise(patch:torch.Tensor, # (z, y, x) HU of a quiet cuboid
         noise, done = torch.where(take, calm.flip(axes), noise), done | take
     return torch.where(done, noise.clamp(-2 * limit, 2 * limit), raw.clamp(-limit, limit))
 
-# %% ../../nbs/08_attack.tamper.ipynb #45cfbcca
+# %% ../../nbs/08_attack.tamper.ipynb #f78c745d
 @torch.no_grad()
 def make_noise(hu:torch.Tensor, # (z, y, x) HU, any dtype: the whole scan, or a crop of it
                at, # (z, y, x) voxels
@@ -515,7 +543,7 @@ def own_rim(new:torch.Tensor, # (size, size, size) HU: the in-painter's cube
         rim = old - noise.clamp(-limit, limit)
     return torch.where(centre_mask(settings.cube, settings.mask, old.device), new, rim)
 
-# %% ../../nbs/08_attack.tamper.ipynb #da5d6bee
+# %% ../../nbs/08_attack.tamper.ipynb #c9e98064
 def tamper_tensor(hu:torch.Tensor, # (z, y, x) floating point HU: a volume, or a crop of it with `at` counted from the crop's corner
                   at, # (z, y, x) voxels, or several places
                   spacing, # (z, y, x) mm
@@ -586,13 +614,13 @@ def check_scan(scan:Scan, # the scan to be forged
         if scan.hu[box].min() >= 0 and (low := scan.hu.min()) >= 0:          # the whole scan only when the cuboid looks odd
             raise ScanError(f"The scan's values run from {low:g} to {scan.hu.max():g}, none below 0 HU: this is an 8-bit picture or a series without rescaling; use the CT in HU.")
 
-# %% ../../nbs/08_attack.tamper.ipynb #71880e3c
+# %% ../../nbs/08_attack.tamper.ipynb #28589b07
 def pack_mask(mask:np.ndarray # bool, any shape
              ) -> str: # ASCII
     "A mask as text for a JSON file: one bit a voxel, deflated, base64."
     return base64.b64encode(zlib.compress(np.packbits(mask).tobytes(), 6)).decode()
 
-# %% ../../nbs/08_attack.tamper.ipynb #e4f13e1b
+# %% ../../nbs/08_attack.tamper.ipynb #3608473d
 def forgery_note(scan:Scan, # the scan before
                  hu:np.ndarray, # its values after
                  place:np.ndarray, # (z, y, x) voxels
@@ -607,7 +635,7 @@ def forgery_note(scan:Scan, # the scan before
     return {"kind": "forged", "action": action, "at": place.tolist(), "at_mm": scan.voxel_to_world(place).round(4).tolist(), "box": [list(b) for b in box], "shape": list(scan.shape),
             "seed": int(seed), "voxels_changed": int(changed.sum()), "changed": pack_mask(changed), "settings": asdict(settings)}
 
-# %% ../../nbs/08_attack.tamper.ipynb #0df0a79c
+# %% ../../nbs/08_attack.tamper.ipynb #531e4f83
 def tamper(scan:Scan, # the scan; it is not changed
            at, # (z, y, x) voxels or, with system="world", (x, y, z) mm; or several places
            inpaint, # callable (1, 1, c, c, c) -> same shape in the normalised domain
@@ -639,7 +667,7 @@ def tamper(scan:Scan, # the scan; it is not changed
     for note in notes: scan = scan.with_hu(hu, note=note)
     return scan
 
-# %% ../../nbs/08_attack.tamper.ipynb #c84397d9
+# %% ../../nbs/08_attack.tamper.ipynb #30c5d8a4
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
     "What is known about a scan that was forged with this library."
@@ -649,7 +677,7 @@ class GroundTruth:
 
     def __repr__(self): return f"GroundTruth({len(self.places)} places, {int(self.mask.sum())} of {self.mask.size} voxels changed)"
 
-# %% ../../nbs/08_attack.tamper.ipynb #50389079
+# %% ../../nbs/08_attack.tamper.ipynb #49062520
 def note_mask(note:dict # of a forgery, from a scan's history
              ) -> np.ndarray: # bool, the shape of the note's box
     "Which voxels of its box a forgery changed; all of them where the note does not say. Raises `ScanError` for a damaged note."
@@ -661,7 +689,7 @@ def note_mask(note:dict # of a forgery, from a scan's history
     if len(bits) != -(-n // 8): raise ScanError(f"The note about the forgery at {note.get('at')} holds a mask of another size than its box; forge the scan again.")
     return np.unpackbits(bits, count=n).astype(bool).reshape(shape)
 
-# %% ../../nbs/08_attack.tamper.ipynb #0e65abe0
+# %% ../../nbs/08_attack.tamper.ipynb #1a391504
 def ground_truth(scan:Scan, # a scan with its history: from `tamper`, or read from a file with its side-car
                  original:Scan=None # the scan before it was forged, where it is at hand
                 ) -> GroundTruth: # nothing but zeros for a scan without forgeries
@@ -676,7 +704,7 @@ def ground_truth(scan:Scan, # a scan with its history: from `tamper`, or read fr
     keys = ("action", "at", "at_mm", "box", "voxels_changed", "seed")
     return GroundTruth(mask, tuple({k: note[k] for k in keys if k in note} for note in notes), tuple(dict(note.get("settings", {})) for note in notes))
 
-# %% ../../nbs/08_attack.tamper.ipynb #fa4102b6
+# %% ../../nbs/08_attack.tamper.ipynb #0c08d934
 def seam_ratio(before:Scan, # the scan as it was
                after:Scan, # the forged one
                at, # (z, y, x) voxel
@@ -713,7 +741,7 @@ def quiet_zones(scan:Scan, # any
     quiet = quiet_tissue(hu, spacing, band)
     return fine_detail(hu, spacing, sigma, tissue=quiet), quiet & (far <= edge / 2), quiet & (far > 16)
 
-# %% ../../nbs/08_attack.tamper.ipynb #6ddd37e6
+# %% ../../nbs/08_attack.tamper.ipynb #c05a4e0a
 def noise_ratio(scan:Scan, # forged, or untouched as a control
                 at, # (z, y, x) voxel
                 edge:float=20., # mm: edge of the forged centre
@@ -725,7 +753,7 @@ def noise_ratio(scan:Scan, # forged, or untouched as a control
     if min(int(inside.sum()), int(outside.sum())) < 200: return math.nan
     return float(noise_level(noise, inside) / noise_level(noise, outside).clamp(min=1e-6))
 
-# %% ../../nbs/08_attack.tamper.ipynb #a57a6907
+# %% ../../nbs/08_attack.tamper.ipynb #7883ea9e
 def masked_spectrum(noise:np.ndarray, # (z, y, x) HU, zero off the mask
                     mask:np.ndarray, # (z, y, x) bool
                     spacing, # (z, y, x) mm
@@ -748,7 +776,7 @@ def masked_spectrum(noise:np.ndarray, # (z, y, x) HU, zero off the mask
     power = np.array([power[which == k].mean() for k in range(len(rings))])
     return rings, power if mask.any() else np.full(len(rings), np.nan)
 
-# %% ../../nbs/08_attack.tamper.ipynb #2fe9b43c
+# %% ../../nbs/08_attack.tamper.ipynb #28b77cf1
 def noise_spectrum(scan:Scan, # forged, or untouched as a control
                    at, # (z, y, x) voxel
                    edge:float=20., # mm: edge of the forged centre
@@ -760,7 +788,7 @@ def noise_spectrum(scan:Scan, # forged, or untouched as a control
     frequency, power = masked_spectrum(noise.numpy(), inside.numpy(), scan.spacing)
     return frequency, power, masked_spectrum(noise.numpy(), outside.numpy(), scan.spacing)[1]
 
-# %% ../../nbs/08_attack.tamper.ipynb #ebc7ebd7
+# %% ../../nbs/08_attack.tamper.ipynb #b79a5e06
 def outside_lung(scan:Scan, # any
                  at, # (z, y, x) voxels, one place or several
                  mask:np.ndarray=None, # lung mask, where you have it already; None makes one (seconds)
@@ -781,3 +809,229 @@ def outside_lung(scan:Scan, # any
         far = ndi.distance_transform_edt(~part, sampling=scan.spacing)[here] if part.any() else math.inf
         if far > slack: said.append(f"the place z, y, x = {', '.join(f'{float(v):g}' for v in place)} lies {f'{far:.0f} mm' if far < 60 else 'more than 60 mm'} outside the lung: the forgery will hardly convince")
     return said
+
+# %% ../../nbs/08_attack.tamper.ipynb #038d7bbc
+def changed_box(before:np.ndarray, # (z, y, x)
+                after:np.ndarray # same shape
+               ): # ((z0, z1), (y0, y1), (x0, x1)), half open, or None where all voxels are equal
+    "The smallest box that holds every voxel in which two volumes differ; one slice at a time, so it needs little memory."
+    rows, cols, slices = np.zeros(before.shape[1], bool), np.zeros(before.shape[2], bool), []
+    for k in range(len(before)):
+        differs = before[k] != after[k]
+        if differs.any():
+            slices.append(k); rows |= differs.any(1); cols |= differs.any(0)
+    if not slices: return None
+    ends = lambda used: (int(used[0]), int(used[-1]) + 1)
+    return ends(slices), ends(np.flatnonzero(rows)), ends(np.flatnonzero(cols))
+
+# %% ../../nbs/08_attack.tamper.ipynb #84a63c7f
+@dataclass(frozen=True, eq=False)
+class Step:
+    "One forgery that can be taken back."
+    box: tuple          # ((z0, z1), (y0, y1), (x0, x1)): the voxels that changed
+    before: np.ndarray  # HU in the box
+    after: np.ndarray   # HU in the box
+    notes: tuple        # what it added to the scan's history
+
+# %% ../../nbs/08_attack.tamper.ipynb #6d552910
+class Forgeries:
+    "A scan and what was done to it, with undo and redo. `scan` is the present one, `steps[:done]` made it, `steps[done:]` were taken back."
+    def __init__(self, scan:Scan # the scan before all this
+                ): self.before, self.scan, self.steps, self.done = scan, scan, [], 0
+
+    def add(self, forged:Scan # made from `self.scan`
+           ) -> Step:
+        "Take over a forged scan; what was taken back is forgotten. Raises `UsageError` for a scan on another grid, or one in which nothing changed."
+        if not isinstance(forged, Scan) or forged.shape != self.scan.shape: raise UsageError(f"The forger gave {forged!r:.80}; it must give a Scan of shape {self.scan.shape}.")
+        box = changed_box(self.scan.hu, forged.hu)
+        if box is None: raise UsageError("The forger changed no voxel; choose another place or seed.")
+        notes = tuple(forged.history[len(self.scan.history):])
+        if not any(note.get("kind") == "forged" for note in notes): notes += ({"kind": "forged", "box": [list(b) for b in box]},)   # the mark cannot be left out
+        part = tuple(slice(*b) for b in box)
+        step = Step(box, self.scan.hu[part].copy(), forged.hu[part].astype(self.scan.hu.dtype), notes)
+        self.steps[self.done:] = [step]
+        self.redo()
+        return step
+
+    def undo(self) -> None:
+        "Take the last forgery back. Raises `UsageError` when there is none."
+        if not self.done: raise UsageError("There is nothing to undo.")
+        self._go(self.steps[self.done - 1], -1)
+
+    def redo(self) -> None:
+        "Do again what was taken back. Raises `UsageError` when there is nothing."
+        if self.done == len(self.steps): raise UsageError("There is nothing to redo.")
+        self._go(self.steps[self.done], 1)
+
+    def _go(self, step, way):
+        hu = self.scan.hu.copy()
+        hu[tuple(slice(*b) for b in step.box)] = step.after if way > 0 else step.before
+        self.done += way
+        scan = self.before.with_hu(hu) if self.done else self.before
+        for note in [n for s in self.steps[:self.done] for n in s.notes]: scan = scan.with_hu(hu, note)
+        self.scan = scan
+
+# %% ../../nbs/08_attack.tamper.ipynb #09e3b0bc
+def playground_controls(seed:int, # first value of the seed
+                        path:str # first value of the path
+                       ) -> dict: # name -> widget
+    "The controls of the playground, below the viewer's own."
+    import ipywidgets as w
+    button = lambda text, icon, tip, style="": w.Button(description=text, icon=icon, tooltip=tip, button_style=style, layout=w.Layout(width="92px"))
+    number = lambda name: w.IntText(description=name, layout=w.Layout(width="84px"), style={"description_width": "14px"})
+    return {"z": number("z"), "y": number("y"), "x": number("x"),
+            "inject": button("Inject", "plus-circle", "put a nodule at the place", "danger"), "remove": button("Remove", "eraser", "take tissue away at the place", "warning"),
+            "seed": w.BoundedIntText(seed, min=0, max=2**31 - 1, description="seed", layout=w.Layout(width="110px"), style={"description_width": "34px"}),
+            "undo": button("Undo", "undo", "take the last forgery back"), "redo": button("Redo", "repeat", "do it again"),
+            "show": w.ToggleButtons(options=["all", "before", "after", "difference"], style={"button_width": "92px"}, layout=w.Layout(width="auto")),
+            "path": w.Text(path, description="save as", layout=w.Layout(width="330px"), style={"description_width": "54px"}),
+            "save": button("Save", "save", "a folder name for DICOM, or a name that ends in .mha, .nii.gz, ...")}
+
+# %% ../../nbs/08_attack.tamper.ipynb #6b600a22
+class TamperPlayground:
+    "Scroll, click a place, inject or remove, compare, undo, save. Show it by ending a cell with it."
+    def __init__(self, scan:Scan, # the scan to start from
+                 forger, # object with `tamper(scan, at, action, seed=...)`, or a function with these arguments -> Scan
+                 at=None, # (z, y, x) voxel that is chosen at the beginning
+                 seed:int=0, # of the touch-up
+                 lung:np.ndarray=None, # bool (z, y, x); None: `data.lung_mask` finds it (seconds for a large scan)
+                 path:str="forged", # where "Save" writes: a DICOM folder, or a file such as forged.mha
+                 zoom:int=1, # 1, 2 or 4
+                 size:int=340 # longer side of a picture, pixels
+                ):
+        import ipywidgets as w
+        from mits_nb.data import lung_mask
+        from mits_nb.viewer import Pane, SliceViewer
+        self.forge = getattr(forger, "tamper", forger)
+        if not callable(self.forge): raise UsageError(f"A forger is a function or has a method tamper; this is {forger!r:.60}.")
+        self.forgeries, self.lung = Forgeries(scan), lung_mask(scan) if lung is None else np.asarray(lung, bool)
+        if self.lung.shape != scan.shape: raise UsageError(f"The lung mask has shape {self.lung.shape}, the scan {scan.shape}; they must agree.")
+        self.controls, self.message, self.log = playground_controls(seed, path), w.HTML(), w.HTML()
+        self.viewer = SliceViewer([Pane(scan, "before")], at=at, zoom=zoom, size=size)
+        rows = [[self.controls[name] for name in names.split()] for names in ("z y x inject remove seed undo redo", "show path save")]
+        line = w.Layout(flex_flow="row wrap", align_items="center")
+        self.ui = w.VBox([self.viewer, *(w.HBox(row, layout=line) for row in rows), self.message, self.log])
+        wire_playground(self)
+        refresh_playground(self)
+        choose_place(self)
+
+    @property
+    def scan(self) -> Scan: return self.forgeries.scan # the scan as it is now, with its history
+
+    def run(self, action:str, # "inject" or "remove"
+            at=None # (z, y, x) voxel; None: the chosen place
+           ) -> Scan: # the forged scan, which is shown too
+        "Forge at a place. Raises `PlaceError` outside the volume, `UsageError`, and what the forger raises."
+        typed = [self.controls[c].value for c in "zyx"]
+        if at is None and self.viewer.at is None and not any(typed): raise UsageError("No place is chosen: click one in the lung, or type z, y and x.")
+        at = typed if at is None else [int(c) for c in at]
+        check_place(at, self.scan.spacing, self.scan.shape)
+        self.forgeries.add(self.forge(self.scan, tuple(at), action, seed=self.controls["seed"].value))
+        self.viewer.at = tuple(at)
+        refresh_playground(self)
+        return self.scan
+
+    def save(self, path=None # folder of a DICOM series, or a file such as forged.mha; None: what the field says
+            ) -> Path:
+        "Write the scan; the header says that it is forged, always. Raises `UsageError` when nothing was changed, `OutputError`."
+        from mits_nb.scan import write_scan
+        if not self.forgeries.done: raise UsageError("Nothing has been forged yet, so there is nothing to save.")
+        return write_scan(self.scan, Path(str(path or self.controls["path"].value).strip() or "forged").expanduser())
+
+    def _repr_mimebundle_(self, **options):
+        from mits_nb.viewer import bundle
+        return bundle(self.ui._repr_mimebundle_(**options), self.viewer.still(), f"TamperPlayground({self.forgeries.done} forgeries; needs a running kernel)")
+
+# %% ../../nbs/08_attack.tamper.ipynb #67a052ea
+def say(playground:TamperPlayground, # changed
+        text:str="", # one sentence
+        kind:str="info" # "info", "warning" or "error"
+       ) -> None:
+    "Show a line below the pictures: readable on light and dark pages, and named in words, not by colour alone."
+    import html
+    colour, word = {"info": ("#2e8b57", ""), "warning": ("#c77700", "Warning: "), "error": ("#d9363e", "Error: ")}[kind]
+    playground.message.value = f'<span role="status" style="border-left: 4px solid {colour}; padding-left: 8px">{word}{html.escape(text)}</span>' if text else ""
+
+# %% ../../nbs/08_attack.tamper.ipynb #79801085
+def refresh_playground(playground:TamperPlayground # changed
+                      ) -> None:
+    "Panes, list of what was done and buttons follow the state."
+    import html
+    from mits_nb.viewer import Boxes, Difference, Pane
+    work, controls = playground.forgeries, playground.controls
+    done = work.steps[:work.done]
+    panes = {"before": Pane(work.before, "before"), "after": Pane(work.scan, "after"),
+             "difference": Pane(work.scan, "difference", [Difference(work.before.hu, work.scan.hu), Boxes([s.box for s in done])])}
+    show = controls["show"].value
+    playground.viewer.panes = tuple(panes.values()) if show == "all" else (panes[show],)
+    lines = []
+    for i, step in enumerate(work.steps):
+        words = "; ".join(f"{n.get('action', 'changed')} at z, y, x = {', '.join(f'{c:.0f}' for c in n['at'])}, seed {n.get('seed', '-')}, {n.get('voxels_changed', '?')} voxels" if "at" in n else "changed" for n in step.notes)
+        lines.append(f"<li>{html.escape(words)}</li>" if i < work.done else f'<li style="opacity: 0.5"><s>{html.escape(words)}</s> (undone)</li>')
+    playground.log.value = f"<ol style='margin: 0; line-height: 1.5'>{''.join(lines)}</ol>" if lines else ""
+    for name, usable in (("undo", work.done > 0), ("redo", work.done < len(work.steps)), ("save", work.done > 0)): controls[name].disabled = not usable
+
+# %% ../../nbs/08_attack.tamper.ipynb #47be29de
+def choose_place(playground:TamperPlayground # changed
+                ) -> None:
+    "A place was clicked: copy it to the fields, and say so when it lies outside the lung."
+    at = playground.viewer.at
+    if at is None: return say(playground, "Click a place in the lung, or type one; then inject or remove.")
+    for name, c in zip("zyx", at): playground.controls[name].value = c
+    inside = playground.lung[at]
+    say(playground, "" if inside else f"the place z, y, x = {', '.join(map(str, at))} lies outside the lung; the forger was made for lung tissue.", "info" if inside else "warning")
+
+# %% ../../nbs/08_attack.tamper.ipynb #6be7d927
+def working(playground:TamperPlayground, # changed
+            words:str, # what is being done, for the message
+            job # callable that does it and returns what to say, or None
+           ) -> None:
+    "Do a job with a busy state: pictures dimmed, buttons off; an error becomes one sentence."
+    import logging, time
+    from mits_nb.core import MitsError
+    controls, screen = playground.controls, playground.viewer.screen
+    buttons = [controls[name] for name in ("inject", "remove", "undo", "redo", "save")]
+    states, start = [b.disabled for b in buttons], time.perf_counter()
+    screen.busy = True
+    for b in buttons: b.disabled = True
+    say(playground, f"{words} ...")
+    try:
+        said, kind = job(), "info"
+        said = f"{said or words}: {time.perf_counter() - start:.1f} s"
+    except MitsError as error: said, kind = str(error), "error"
+    except Exception as error:
+        logging.getLogger("mits_nb").exception("the playground could not finish: %s", words)
+        said, kind = f"{words} did not work ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'})", "error"
+    finally: screen.busy = False
+    for b, state in zip(buttons, states): b.disabled = state
+    refresh_playground(playground)
+    say(playground, said, kind)
+
+# %% ../../nbs/08_attack.tamper.ipynb #b9af11eb
+def wire_playground(playground:TamperPlayground # changed
+                   ) -> None:
+    "Tie buttons and fields to what they do."
+    from mits_nb.viewer import set_state
+    controls, viewer = playground.controls, playground.viewer
+    def forge(action):
+        def job():
+            scan = playground.run(action)
+            place = tuple(controls[c].value for c in "zyx")
+            where = "" if playground.lung[place] else ", outside the lung"
+            return f"{action} at z, y, x = {', '.join(map(str, place))}{where}: {scan.history[-1].get('voxels_changed', 'some')} voxels changed"
+        return lambda _: working(playground, {"inject": "Injecting", "remove": "Removing"}[action], job)
+    def save():
+        path = playground.save()
+        return f"Saved {path}, marked as a teaching forgery"
+    def typed(change):
+        at = tuple(controls[c].value for c in "zyx")
+        try: set_state(viewer, "at", at)
+        except PlaceError as error: return say(playground, str(error), "error")
+        viewer.index = at[{"axial": 0, "coronal": 1, "sagittal": 2}[viewer.plane]]
+    for action in ("inject", "remove"): controls[action].on_click(forge(action))
+    controls["undo"].on_click(lambda _: working(playground, "Undone", playground.forgeries.undo))
+    controls["redo"].on_click(lambda _: working(playground, "Done again", playground.forgeries.redo))
+    controls["save"].on_click(lambda _: working(playground, "Saving", save))
+    controls["show"].observe(lambda _: refresh_playground(playground), "value")
+    for c in "zyx": controls[c].observe(typed, "value")
+    viewer.observe(lambda _: choose_place(playground), "at")

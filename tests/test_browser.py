@@ -1,0 +1,247 @@
+"""JupyterLab in a headless browser: the widgets as a reader meets them. Skips where Chromium or Playwright is missing."""
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+SETUP = """
+import numpy as np
+from mits_nb.attack.tamper import TamperPlayground
+from mits_nb.phantom import make_phantom
+from mits_nb.scan import Scan
+scan, nodules = make_phantom(seed=3, shape=(24, 160, 160), spacing=(4.0, 2.2, 2.2))
+def forger(scan, at, action, seed):
+    z, y, x = np.ogrid[tuple(slice(n) for n in scan.shape)]
+    ball = ((z - at[0]) * 4) ** 2 + ((y - at[1]) * 2.2) ** 2 + ((x - at[2]) * 2.2) ** 2 < 8 ** 2
+    return scan.with_hu(np.where(ball, 40 if action == "inject" else -860, scan.hu), {"kind": "forged", "action": action, "at": list(at), "seed": seed, "voxels_changed": int(ball.sum())})
+"""
+SHOW = "playground = TamperPlayground(scan, forger, size=300)\nplayground"
+
+
+def find_chromium():
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab with one notebook; gives its address."
+    pytest.importorskip("playwright", reason="Playwright is not installed: pip install playwright")
+    if find_chromium() is None:
+        pytest.skip("no Chromium found: install it, or name it in the variable CHROMIUM")
+    import nbformat
+
+    folder = tmp_path_factory.mktemp("lab")
+    cells = [nbformat.v4.new_code_cell(SETUP), nbformat.v4.new_code_cell(SHOW)]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    (folder / "widgets.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+    port = free_port()
+    homes = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    env = {**os.environ, **homes, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    (folder / "jupyter_config_dir" / "labconfig").mkdir(parents=True)
+    quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}  # no question in the corner
+    (folder / "jupyter_config_dir" / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(quiet), encoding="utf-8")
+    options = {"ServerApp.token": "test", "ServerApp.port": port, "ServerApp.port_retries": 0, "ServerApp.root_dir": folder, "ServerApp.ip": "127.0.0.1"}
+    with open(folder / "server.log", "w") as log:
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *(f"--{k}={v}" for k, v in options.items())]
+        server = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=test", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < end, (folder / "server.log").read_text()[-2000:]
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/lab/tree/widgets.ipynb?token=test"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(lab, tmp_path_factory):
+    "The notebook, open and run: the playground is on the screen."
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        page = browser.new_page(viewport={"width": 1500, "height": 1100})
+        page.set_default_timeout(60_000)
+        page.goto(lab)
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        try:
+            for number in range(2):
+                run_cell(page, number)
+            page.wait_for_selector(".mits-screen img")
+        except Exception:
+            page.screenshot(path=tmp_path_factory.mktemp("failed") / "page.png")
+            raise
+        settle(page)
+        yield page
+        browser.close()
+
+
+def run_cell(page, number):
+    "Run one cell; what is sent while the kernel starts is lost, so look whether it arrived."
+    for _ in range(20):
+        page.locator(".jp-CodeCell .jp-InputArea .cm-content").nth(number).click()
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_timeout(1000)
+        if re.search(r"[\d*]", page.locator(".jp-CodeCell .jp-InputPrompt").nth(number).inner_text()):
+            return
+    raise AssertionError(f"cell {number} does not run")
+
+
+def settle(page, seconds=0.4):
+    "Wait until nothing has been drawn for a while and no forger is at work."
+    page.wait_for_function("document.querySelector('.mits-screen').getAttribute('aria-busy') === 'false'")
+    drawn = None
+    while drawn != (drawn := page.locator(".mits-screen").get_attribute("data-drawn")):
+        page.wait_for_timeout(1000 * seconds)
+
+
+def pixels(page, pane=0):
+    return np.asarray(Image.open(io.BytesIO(page.locator(".mits-screen figure > div").nth(pane).screenshot())).convert("RGB")).astype(int)
+
+
+def changed(a, b):
+    return (np.abs(a - b).max(2) > 40).mean()
+
+
+def text(page):
+    return re.sub(r"\s+", " ", page.locator(".jp-OutputArea-output").last.inner_text())
+
+
+def slice_alt(page):
+    return page.locator(".mits-screen figure img").first.get_attribute("alt")
+
+
+def test_the_widget_is_shown_with_pictures(page, tmp_path):
+    page.screenshot(path=tmp_path / "shown.png")
+    assert page.locator(".mits-screen figure").count() == 3
+    assert page.locator(".mits-screen figcaption").all_inner_texts() == ["before", "after", "difference"]
+    assert "slice 11 of 24" in slice_alt(page) and pixels(page).std() > 30
+
+
+def test_the_slider_changes_the_picture(page, tmp_path):
+    before = pixels(page)
+    handle = page.locator(".widget-slider .noUi-handle").first.bounding_box()
+    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 60, y, steps=8)
+    page.mouse.up()
+    settle(page)
+    page.screenshot(path=tmp_path / "slider.png")
+    assert "slice 11 of" not in slice_alt(page) and changed(before, pixels(page)) > 0.02
+
+
+def test_click_wheel_and_keys(page, tmp_path):
+    page.locator(".mits-screen figure > div").nth(1).click(position={"x": 72, "y": 151})
+    settle(page)
+    assert re.search(r"voxel z, y, x = \d+, 80, 38 ", text(page)), "300 pixels are 160 voxels, so (72, 151) is column 38, row 80"
+    start = int(re.search(r"slice (\d+)", slice_alt(page))[1])
+    page.keyboard.press("ArrowDown")
+    page.mouse.wheel(0, 100)
+    settle(page)
+    assert f"slice {start - 2} of 24" in slice_alt(page)
+    for _ in range(3): page.mouse.wheel(0, -100)
+    page.keyboard.press("ArrowUp")
+    settle(page)
+    assert f"slice {start + 2} of 24" in slice_alt(page)
+    cells = page.locator(".jp-CodeCell").count()
+    page.keyboard.press("PageUp")
+    page.keyboard.press("End")
+    page.keyboard.press("d")
+    page.keyboard.press("d")  # deletes a cell in JupyterLab's command mode, unless the picture has the focus
+    settle(page)
+    assert "slice 23 of 24" in slice_alt(page) and page.locator(".jp-CodeCell").count() == cells
+    page.keyboard.press("c")
+    settle(page)
+    assert "coronal slice 80 of 160" in slice_alt(page)
+    page.screenshot(path=tmp_path / "coronal.png")
+    page.keyboard.press("a")
+    settle(page)
+    assert "axial" in slice_alt(page)
+
+
+def test_a_page_that_scrolls_under_the_pointer_is_not_caught(page):
+    box = page.locator(".mits-screen figure > div").first.bounding_box()
+    page.locator(".jp-CodeCell .cm-content").first.click()  # the focus is elsewhere
+    page.mouse.move(box["x"] + 5, 5)
+    start = slice_alt(page)
+    page.mouse.move(box["x"] + 50, box["y"] + 50)  # arrives, and does not move within the picture
+    page.mouse.wheel(0, 100)
+    settle(page)
+    assert slice_alt(page) == start
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.mouse.wheel(0, 100)
+    settle(page)
+    assert slice_alt(page) != start
+
+
+def test_inject_undo_redo_and_errors(page, tmp_path):
+    page.locator(".mits-screen figure > div").first.click(position={"x": 80, "y": 150})
+    settle(page)
+    real = pixels(page, 0)
+    assert changed(real, pixels(page, 1)) == 0
+    page.click("button:has-text('Inject')")
+    page.wait_for_function("document.body.innerText.includes('voxels changed')")
+    settle(page)
+    page.screenshot(path=tmp_path / "injected.png")
+    forged = pixels(page, 1)
+    assert changed(real, pixels(page, 0)) == 0 and 0.001 < changed(real, forged) < 0.02
+    assert "inject at z, y, x" in text(page)
+    page.click("button:has-text('Undo')")
+    page.wait_for_function("document.body.innerText.includes('(undone)')")
+    settle(page)
+    assert changed(real, pixels(page, 1)) == 0
+    page.click("button:has-text('Redo')")
+    page.wait_for_function("!document.body.innerText.includes('(undone)')")
+    settle(page)
+    assert changed(forged, pixels(page, 1)) == 0
+    page.locator(".widget-text input").nth(0).fill("99")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.body.innerText.includes('outside the volume')")
+    assert "Traceback" not in text(page)
+    page.locator(".mits-screen figure > div").first.click(position={"x": 4, "y": 4})
+    page.wait_for_function("document.body.innerText.includes('outside the lung')")
+    page.screenshot(path=tmp_path / "warning.png")
+    page.click("button:has-text('difference')")
+    page.wait_for_function("document.querySelectorAll('.mits-screen figure').length === 1")
+    settle(page)
+    page.screenshot(path=tmp_path / "difference.png")
+
+
+def test_dark_theme(page, tmp_path):
+    def caption(): return page.locator(".mits-screen figcaption").first.evaluate("e => getComputedStyle(e).color")
+    light = caption()
+    page.click("text=Settings >> nth=0")
+    page.hover(".lm-Menu-item:has-text('Theme')")
+    page.click(".lm-Menu-item:has-text('JupyterLab Dark'):not(:has-text('High'))")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+    settle(page)
+    page.screenshot(path=tmp_path / "dark.png")
+    assert caption() != light, "captions follow the theme"
