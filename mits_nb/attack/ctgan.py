@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'HELD_OUT', 'CUT', 'KINDS', 'KIND_SHARES', 'CtganConfig', 'TrainingScan', 'nodule_table',
            'read_training_scan', 'training_phantom', 'training_sources', 'neighbourhood', 'training_cube',
-           'clear_places', 'cubes_of', 'build_cubes', 'augment', 'cube_batches', 'upsample_conv', 'QuickGenerator',
-           'InpaintTask', 'settle_batchnorm', 'CTGAN', 'new_lesion', 'tissue_mm3', 'measure_injection',
-           'measure_removal', 'measure_ctgan', 'ctgan_card', 'train_generator', 'train_ctgan']
+           'clear_places', 'cubes_of', 'build_cubes', 'augment', 'cube_batches', 'InpaintTask', 'inpainting_pictures',
+           'settle_batchnorm', 'CTGAN', 'new_lesion', 'tissue_mm3', 'measure_injection', 'measure_removal',
+           'with_nodule', 'baseline_fills', 'measure_inpainting', 'patch_pairs', 'PatchJudge', 'measure_disguise',
+           'measure_traces', 'held_out_scans', 'measure_scan', 'measure_ctgan', 'measured', 'ctgan_card',
+           'train_generator', 'train_ctgan']
 
 # %% ../../nbs/09_attack.ctgan.ipynb #e0b767fd
-import csv, functools, logging, math, shutil, time
+import functools, logging, math, shutil, time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nets import Discriminator, Generator, SameConv3d
-from .tamper import Equalizer, Tampering, centre_mask, cut_cube, load_equalizer, save_equalizer, tamper, tamper_tensor
+from .nets import Discriminator, Generator
+from .tamper import (Equalizer, Tampering, centre_mask, condition, cut_cube, fill_cube, harmonic_inpaint, load_equalizer, noise_ratio, noise_spectrum,
+                                   save_equalizer, seam_ratio, tamper, tamper_tensor)
 from ..core import Compute, DataError, TrainError, UsageError, WeightsError
 from ..core import atomic_dir, atomic_write, from_preset, pick_compute, progress as progress_bar, read_json, rng, torch_rng, versions, weights_path, write_json
-from ..data import data_folder, development_scans, lung_mask, lung_places
-from ..gan import History, Task, fit, frozen, lsgan_d_loss, lsgan_g_loss
+from ..data import data_folder, development_scans, lung_mask, lung_places, read_findings
+from ..gan import History, Snapshots, Task, fit, frozen, lsgan_d_loss, lsgan_g_loss
+from ..metrics import roc_auc
 from ..phantom import make_phantom, render_nodule
 from ..scan import Scan, read_scan
 
@@ -35,7 +39,7 @@ log = logging.getLogger("mits_nb")
 
 # %% ../../nbs/09_attack.ctgan.ipynb #b9ee3934
 ACTIONS = ("inject", "remove")
-HELD_OUT = ("LIDC-IDRI-0003",)  # patients that no training ever sees: every figure in this book is measured on them
+HELD_OUT = ("LIDC-IDRI-0003",)  # patients that the shipped weights never saw: every figure in this book is measured on them
 
 # %% ../../nbs/09_attack.ctgan.ipynb #76b09f86
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class CtganConfig:
     d_width: int = 100             # the same for the discriminator; released 100
     dropout: float = 0.5           # in the generator's way up; released 0.5
     mask: int = 20                 # edge of the zeroed centre; released 20, paper 16
+    start: str = "zeros"           # what the hole holds before the generator fills it; paper and released: "zeros" (see the text)
     high: float = 2000.0           # HU at which equaliser and pipeline clip; released 2000
     steps: int = 40_000            # updates of each generator
     batch: int = 50                # cubes per update; released 50
@@ -65,10 +70,11 @@ class CtganConfig:
     jitter: int = 2                # augmentation: largest shift along an axis, mm; released 4
     turn: float = 0.5              # augmentation: share of cubes turned by any angle; the others by quarter turns
     settle: int = 200              # batches over which batch norm is measured again after training; released 0
+    held_out: tuple = HELD_OUT     # patients to leave out, by name of the scan
 
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": dict(width=16, d_width=8, dropout=0.1, steps=800, batch=16, lr_g=5e-4, lr_d=5e-5, rim=0.2, true_rim=True,
-                     cubes=1200, real_share=0.6, phantoms=6, high=400.0,
+        "tiny": dict(width=16, d_width=8, dropout=0.1, start="film", steps=240, batch=16, lr_g=5e-4, lr_d=1e-6, rim=0.2, true_rim=True,
+                     cubes=2400, real_share=0.6, phantoms=6, high=400.0,
                      phantom_shape=(28, 384, 384), phantom_spacing=(2.5, 0.9, 0.9), settle=40),
         "full": {},
     }
@@ -85,15 +91,11 @@ class TrainingScan:
 def nodule_table(
     folder: str | Path, # Folder that may hold `nodules.csv` (ours) or `annotations.csv` (LUNA16)
 ) -> dict[str, list]: # Scan name -> [(x, y, z) mm, diameter mm]
-    "Read the nodules of a data set, positions in LPS millimetres; empty where there is no table. Raises `DataError` for a broken one."
+    "The nodules of a data set, positions in LPS millimetres; empty where there is no table. Raises `DataError` for a broken one."
     found: dict[str, list] = {}
-    for file, scan, x, y, z in (("nodules.csv", "scan_id", "x_mm", "y_mm", "z_mm"), ("annotations.csv", "seriesuid", "coordX", "coordY", "coordZ")):
-        if not (Path(folder) / file).is_file(): continue
-        with open(Path(folder) / file, newline="") as lines:
-            for number, row in enumerate(csv.DictReader(lines), 2):
-                try: found.setdefault(row[scan], []).append((tuple(float(row[k]) for k in (x, y, z)), float(row["diameter_mm"])))
-                except (KeyError, TypeError, ValueError) as error:
-                    raise DataError(f"line {number} of {Path(folder) / file} is not a nodule ({error}): it needs {scan}, {x}, {y}, {z}, diameter_mm") from error
+    for file in (Path(folder) / name for name in ("nodules.csv", "annotations.csv")):
+        for f in read_findings(file) if file.is_file() else ():
+            if f.placed and f.diameter_mm: found.setdefault(f.scan_id, []).append((f.centre, f.diameter_mm))
     return found
 
 # %% ../../nbs/09_attack.ctgan.ipynb #a31deace
@@ -123,7 +125,7 @@ def training_sources(
     config: CtganConfig, # How many phantoms
     data: str | Path | Iterable[str | Path] | None = None, # None: the development scans; a folder of scans; a list of scans; () for phantoms only
 ) -> list[tuple[str, int, Callable[[], TrainingScan]]]: # (name, cubes to cut per action, a call that reads or makes it)
-    "What to train on, one patient a line; nothing is read yet. Patients in `HELD_OUT` are left out. Raises `DataError`."
+    "What to train on, one patient a line; nothing is read yet. The patients in `config.held_out` are left out. Raises `DataError`."
     if data is None: found, folders = development_scans(), {data_folder()} - {None}
     else:
         given = [Path(data)] if isinstance(data, (str, Path)) else [Path(p) for p in data]
@@ -134,7 +136,7 @@ def training_sources(
         if given and not found: raise DataError(f"no scan in {given[0]}: give a folder with .mhd, .mha, .nrrd or .nii.gz files, or a DICOM folder")
         folders = {q for p in given for q in ((p, p.parent) if p.is_dir() else (p.parent,))}
     table = {name: rows for folder in folders for name, rows in nodule_table(folder).items()}
-    found = {name: path for name, path in found.items() if name not in HELD_OUT and not name.endswith("_nodules")}
+    found = {name: path for name, path in found.items() if name not in config.held_out and not name.endswith("_nodules")}
     share = config.real_share if found and config.phantoms else float(bool(found))
     if not found and not config.phantoms: raise TrainError("nothing to train on: give scans, or allow phantoms")
     real = [(name, math.ceil(share * config.cubes / len(found)), functools.partial(read_training_scan, path, name, table)) for name, path in found.items()]
@@ -282,44 +284,12 @@ def cube_batches(
     config: CtganConfig, # Batch, mask, augmentation
 ) -> Callable[[int, torch.Generator], dict[str, Tensor]]: # For `fit`: (step, random numbers) -> {"cond", "target"}, (B, 1, 32, 32, 32)
     "Batches of (condition, target), drawn, turned and equalised on the fly."
-    hole = centre_mask(32, config.mask)
     def batches(step, g):
         chosen = torch.randint(len(cubes), (config.batch,), generator=g).sort().values
         hu = augment(torch.from_numpy(cubes[chosen.numpy()].astype(np.float32)), g, config.jitter, config.turn)
         target = equalizer(hu)
-        return {"cond": target.masked_fill(hole, 0.0), "target": target}
+        return {"cond": condition(target, config.mask, config.start), "target": target}
     return batches
-
-# %% ../../nbs/09_attack.ctgan.ipynb #b8a36182
-def upsample_conv(
-    x: Tensor, # (B, C, D, H, W)
-    conv: SameConv3d, # Kernel 4, stride 1
-) -> Tensor: # (B, C', 2D, 2H, 2W)
-    """Exactly `conv(F.interpolate(x, scale_factor=2))`, without ever making the large input.
-
-    Repeated voxels meet several taps of the kernel: add those taps up first. An even output sees 3 distinct voxels along an axis, an odd one 2,
-    so one convolution with kernel 3 on the small grid gives all 8 phases of the large one."""
-    even = torch.tensor([[1., 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]])   # which of the 4 taps fall on the voxel before, here, after
-    odd = torch.tensor([[0., 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]])
-    a = torch.stack([even, odd]).to(conv.weight)                        # (phase, 3, 4)
-    n, m = conv.weight.shape[:2]
-    weight = torch.einsum("oiabc,pxa,qyb,rzc->opqrixyz", conv.weight, a, a, a).reshape(n * 8, m, 3, 3, 3)
-    y = F.conv3d(x, weight, conv.bias.repeat_interleave(8), padding=1)  # (B, C' * 8, D, H, W)
-    b, _, d, h, w = y.shape
-    return y.view(b, n, 2, 2, 2, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, n, 2 * d, 2 * h, 2 * w)
-
-# %% ../../nbs/09_attack.ctgan.ipynb #a183de12
-class QuickGenerator(Generator):
-    "`Generator`, the same parameters and the same function; its last layer, where most of the time goes, is computed on the small grid."
-    def forward(self, cond): # (B, 1, D, H, W), edges divisible by 32
-        if cond.ndim != 5 or cond.shape[1] != 1 or any(n % 32 for n in cond.shape[2:]): return super().forward(cond)  # which says what is wrong
-        x, skips = cond, []
-        for block in self.down:
-            x = block(x)
-            skips.append(x)
-        for block, skip in zip(self.up, reversed(skips[:-1])):
-            x = torch.cat([block(F.interpolate(x, scale_factor=2)), skip], dim=1)
-        return torch.tanh(upsample_conv(x, self.last))
 
 # %% ../../nbs/09_attack.ctgan.ipynb #a44ff57b
 class InpaintTask(Task):
@@ -333,7 +303,7 @@ class InpaintTask(Task):
     ):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_rng(seed, "ctgan", "first weights").initial_seed())
-            g = QuickGenerator(config.width, dropout=config.dropout).to(memory_format=torch.channels_last_3d)
+            g = Generator(config.width, dropout=config.dropout).to(memory_format=torch.channels_last_3d)
             d = Discriminator(config.d_width).to(memory_format=torch.channels_last_3d)
         adam = functools.partial(torch.optim.Adam, betas=(config.beta1, 0.999))
         super().__init__({"generator": g, "discriminator": d}, {"generator": adam(g.parameters(), config.lr_g), "discriminator": adam(d.parameters(), config.lr_d)})
@@ -372,6 +342,17 @@ class InpaintTask(Task):
         hole = centre_mask(32, self.config.mask)
         return {"val_mae_hu": (filled - self.validation["hu"])[..., hole].abs().mean().item()}
 
+# %% ../../nbs/09_attack.ctgan.ipynb #4c08f068
+def inpainting_pictures(
+    task: InpaintTask, # With a validation batch
+    n: int = 3, # How many cubes
+) -> dict[str, Tensor]: # "condition", "generated", "original": (n, H, W) HU, the middle slice of each
+    "What `gan.Snapshots` draws here."
+    device = next(task.networks["generator"].parameters()).device
+    made = task.networks["generator"](task.validation["cond"][:n].to(device)).float().cpu()
+    hu = {"condition": task.equalizer.inverse(task.validation["cond"][:n]), "generated": task.equalizer.inverse(made), "original": task.validation["hu"][:n]}
+    return {name: cube[:, 0, cube.shape[2] // 2] for name, cube in hu.items()}
+
 # %% ../../nbs/09_attack.ctgan.ipynb #bc8b2c37
 def settle_batchnorm(
     net: nn.Module, # A trained network; its batch norm statistics are replaced
@@ -401,7 +382,7 @@ def write_forger(ctgan: "CTGAN", folder: str | Path, half: bool) -> Path:
         for action, name in (("inject", "injector"), ("remove", "remover")): ctgan.generator(action).save_pretrained(temporary / name, half=half)
         save_equalizer(ctgan.equalizer, temporary / "pipeline.safetensors")
         usual = asdict(Tampering())  # kept: what the training fixed, and what differs from the defaults
-        settings = {k: v for k, v in asdict(ctgan.settings).items() if k in ("cube", "mask", "low", "high") or v != usual[k]}
+        settings = {k: v for k, v in asdict(ctgan.settings).items() if k in ("cube", "mask", "start", "low", "high") or v != usual[k]}
         write_json(temporary / "pipeline.json", {"settings": settings, "config": ctgan.record.get("config", {})})
         write_json(temporary / "history.json", ctgan.record.get("history", {}))
         (temporary / "card.md").write_text(ctgan.record.get("card") or ctgan_card(ctgan.record), encoding="utf-8")
@@ -420,7 +401,7 @@ def read_forger(name_or_dir: str | Path) -> tuple: # Injector, remover, equalise
     record = {"config": pipeline.get("config", {})}
     if (folder / "history.json").is_file(): record["history"] = read_json(folder / "history.json")
     if (folder / "card.md").is_file(): record["card"] = (folder / "card.md").read_text(encoding="utf-8")
-    nets = [QuickGenerator.from_pretrained(folder / n) for n in ("injector", "remover")]
+    nets = [Generator.from_pretrained(folder / n) for n in ("injector", "remover")]
     return *nets, load_equalizer(folder / "pipeline.safetensors"), settings, record
 
 # %% ../../nbs/09_attack.ctgan.ipynb #338562eb
@@ -558,34 +539,183 @@ def measure_removal(
             "removed_centre": float(np.mean(centre)) if each else None, "each": [round(f, 3) for f in each]}
 
 # %% ../../nbs/09_attack.ctgan.ipynb #83886cd7
-def measure_ctgan(
-    ctgan: CTGAN, # The forger
-    n: int = 20, # Injections per scan
-    phantoms: int = 2, # Test phantoms, seeds 0, 1, ...
-) -> list[dict[str, Any]]: # One row per test scan
-    "Quality on patients that were never trained on: test phantoms, and the held-out real scan where it is present."
-    tests = [(f"test phantom {seed}", *make_phantom(seed=seed, shape=(28, 384, 384), spacing=(2.5, 0.9, 0.9))) for seed in range(phantoms)]
-    tests = [(name, scan, [(node.centre_voxel, node.diameter_mm) for node in nodules]) for name, scan, nodules in tests]
-    for name, path in development_scans().items():
-        if name in HELD_OUT:
-            source = read_training_scan(path, name, nodule_table(data_folder()))
-            tests.append((name, source.scan, source.nodules))
-    rows = []
-    for name, scan, nodules in progress_bar(tests, desc="measuring"):
-        mask = lung_mask(scan)
-        clear = clear_places(TrainingScan(name, scan, tuple(nodules)), n, 0, mask, margin_mm=10.0)
-        fit_in = [(tuple(at), mm) for at, mm in nodules if 5 <= mm <= ctgan.settings.mask - 2]
-        grown = []  # nodules rendered into healthy lung, so that more than a handful are removed
-        for i, at in enumerate(clear[:10]):
-            hu, place, where = neighbourhood(scan, at)
-            volume = scan.hu.copy()
-            volume[where] = np.rint(render_nodule(hu, scan.spacing, tuple(place), 8 + 0.8 * i, 100 + i)).astype(volume.dtype)
-            grown.append(measure_removal(ctgan, scan.with_hu(volume), [(tuple(at), 8 + 0.8 * i)]))
-        rows.append({"scan": name, "inject": measure_injection(ctgan, scan, clear), "remove": measure_removal(ctgan, scan, fit_in),
-                     "remove_rendered": {"nodules": len(grown)} | {k: float(np.mean([g[k] for g in grown])) if grown else None for k in ("removed", "removed_centre")}})
-    return rows
+def with_nodule(
+    scan: Scan, # A scan; it is not changed
+    at: tuple, # (z, y, x) voxel
+    diameter_mm: float, # Of the nodule
+    seed: int = 0, # Its shape and texture
+) -> Scan: # A new scan
+    "Render a nodule into a scan in the scan's own voxels: an honest-looking counterpart for an injection, and work for the remover."
+    hu, place, where = neighbourhood(scan, at)
+    volume = scan.hu.copy()
+    volume[where] = np.rint(render_nodule(hu, scan.spacing, tuple(place), diameter_mm, seed)).astype(volume.dtype)
+    return scan.with_hu(volume)
 
 # %% ../../nbs/09_attack.ctgan.ipynb #a73dc352
+def baseline_fills(
+    cubes: Tensor, # (n, D, H, W) HU
+    hole: Tensor, # (D, H, W) bool: what is hidden
+) -> dict[str, Tensor]: # "rim_mean", "harmonic", "biharmonic" -> the filled cubes
+    "In-painting without learning."
+    from skimage.restoration import inpaint_biharmonic
+    mean = torch.where(hole, cubes[:, ~hole].mean(1)[:, None, None, None], cubes)
+    smooth = inpaint_biharmonic(cubes.movedim(0, -1).double().numpy(), hole.numpy(), channel_axis=-1)  # cubes as channels: one matrix serves all
+    return {"rim_mean": mean, "harmonic": harmonic_inpaint(cubes, hole), "biharmonic": torch.from_numpy(smooth).movedim(-1, 0).to(cubes.dtype)}
+
+# %% ../../nbs/09_attack.ctgan.ipynb #76f59edc
+def measure_inpainting(
+    ctgan: CTGAN, # The forger; its remover is measured
+    scan: Scan, # A scan that it was not trained on
+    places: Iterable, # (n, 3) healthy places (z, y, x)
+) -> dict[str, float]: # "cubes", and the mean absolute error in HU inside the hole of "remover" and each baseline
+    "Hide the centres of healthy cubes, fill them, compare with what was there (noise included: no filling can predict that)."
+    s = ctgan.settings
+    hole, edge = centre_mask(s.cube, s.mask), (CUT - s.cube) // 2
+    cut = np.stack([training_cube(scan, tuple(at)) for at in places]).astype(np.float32)
+    cubes = torch.from_numpy(cut[:, edge:-edge, edge:-edge, edge:-edge]).clamp(s.low, s.high)
+    device, net = next(ctgan.remover.parameters()).device, ctgan.remover
+    with torch.no_grad(): mine = torch.stack([fill_cube(c, lambda x: net(x.to(device)).cpu(), s, ctgan.equalizer.to("cpu")) for c in cubes])
+    fills = {"remover": mine} | baseline_fills(cubes, hole)
+    return {"cubes": len(cubes)} | {name: float((fill - cubes)[:, hole].abs().mean()) for name, fill in fills.items()}
+
+# %% ../../nbs/09_attack.ctgan.ipynb #93305b59
+def patch_pairs(
+    ctgan: CTGAN, # The forger
+    scan: Scan, # A scan
+    places: Iterable, # (n, 3) healthy places (z, y, x)
+    action: str, # "inject": rendered nodule against injected one; "remove": healthy lung against a rendered nodule that was removed
+    side: int = 32, # Pixels
+) -> tuple[np.ndarray, np.ndarray]: # (2n, 1, side, side) float32, HU scaled to about [-1, 1]; (2n,) 1 = forged
+    "Honest and forged patches of the same places, shifted by at most 2 pixels and one slice."
+    honest, forged = [], []
+    for i, at in enumerate(tuple(int(v) for v in at) for at in places):
+        g, sick = rng(i, "patch", *at), with_nodule(scan, at, 8 + 2 * (i % 5), i)
+        pair = (sick, ctgan.tamper(scan, at, "inject", i)) if action == "inject" else (scan, ctgan.tamper(sick, at, "remove", i))
+        z = int(np.clip(at[0] + g.integers(-1, 2), 0, scan.shape[0] - 1))
+        y, x = (int(np.clip(c + g.integers(-2, 3) - side // 2, 0, n - side)) for c, n in zip(at[1:], scan.shape[1:]))
+        for found, source in zip((honest, forged), pair): found.append(source.hu[z, y:y + side, x:x + side])
+    patches = np.stack(honest + forged).astype(np.float32)[:, None]
+    return np.clip(patches, -1000, 400) / 700 + 3 / 7, np.repeat([0, 1], len(honest))
+
+# %% ../../nbs/09_attack.ctgan.ipynb #4feed673
+class PatchJudge(Task):
+    "A plain classifier of patches, honest or forged: three convolutions, a mean, a line."
+    def __init__(
+        self,
+        patches: np.ndarray, # (n, 1, side, side), from `patch_pairs`
+        forged: np.ndarray, # (n,) 0 or 1
+        seed: int = 0, # First weights
+    ):
+        def block(a, b, k, stride): return nn.Conv2d(a, b, k, stride, k // 2), nn.ReLU(), nn.BatchNorm2d(b)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_rng(seed, "patch judge").initial_seed())
+            net = nn.Sequential(*block(1, 24, 5, 1), *block(24, 32, 3, 2), *block(32, 48, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(48, 1))
+        super().__init__({"judge": net}, {"judge": torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-2)})
+        self.patches, self.forged = torch.as_tensor(patches), torch.as_tensor(forged, dtype=torch.float32)
+
+    def batches(self, step, g):
+        "64 patches, flipped at random."
+        chosen = torch.randint(len(self.patches), (64,), generator=g)
+        axes = [axis for axis in (-1, -2) if torch.rand((), generator=g) < 0.5]
+        return self.patches[chosen].flip(axes), self.forged[chosen]
+
+    def update(self, batch, backward):
+        "One step of logistic regression on the judge's score."
+        loss = F.binary_cross_entropy_with_logits(self.networks["judge"](batch[0])[:, 0], batch[1])
+        self.optimizers["judge"].zero_grad()
+        backward(loss)
+        self.optimizers["judge"].step()
+        return {"loss": loss}
+
+    def auc(self, patches: np.ndarray, forged: np.ndarray) -> float: # 0.5: cannot tell; 1: always tells
+        "Area under the ROC curve on other patches."
+        with self.evaluating(): scores = self.networks["judge"](torch.as_tensor(patches))[:, 0]
+        return roc_auc(scores.cpu().numpy(), forged)
+
+# %% ../../nbs/09_attack.ctgan.ipynb #35852a77
+def measure_disguise(
+    ctgan: CTGAN, # The forger
+    known: list[TrainingScan], # Scans the judge learns from
+    unknown: list[TrainingScan], # Scans of other patients, which it is asked about
+    n: int = 60, # Places per scan
+    steps: int = 300, # Updates of the judge
+) -> dict[str, float]: # "inject" and "remove": AUC over all unknown scans; the same with "_seen" for the judge's own patches
+    "How well a plain classifier, trained on other patients, tells forged patches from honest ones."
+    found = {}
+    for action in ACTIONS:
+        parts = []
+        for group in (known, unknown):
+            pairs = [patch_pairs(ctgan, s.scan, clear_places(s, n, 7, lung_mask(s.scan), margin_mm=10.0), action) for s in group]
+            parts.append(tuple(np.concatenate(column) for column in zip(*pairs)))
+        judge = PatchJudge(*parts[0])
+        fit(judge, judge.batches, steps, log_every=max(steps // 10, 1), progress=False)
+        found |= {f"{action}_seen": judge.auc(*parts[0]), action: judge.auc(*parts[1])}
+    return found
+
+# %% ../../nbs/09_attack.ctgan.ipynb #6071a594
+def measure_traces(
+    ctgan: CTGAN, # The forger
+    scan: Scan, # A scan
+    places: Iterable, # (n, 3) places (z, y, x)
+) -> dict[str, dict[str, float]]: # action -> "seam", "noise": medians over the places
+    "Ratios of forged to untouched scan: the mean step across the border of the mask, and the noise inside it."
+    found = {}
+    for action in ACTIONS:
+        forged = [(ctgan.tamper(scan, tuple(at), action, i), tuple(at)) for i, at in enumerate(places)]
+        seams = [seam_ratio(scan, after, at, ctgan.settings.mask) for after, at in forged]
+        noise = [noise_ratio(after, at, ctgan.settings.mask) for after, at in forged]
+        found[action] = {"seam": float(np.nanmean(seams)), "noise": float(np.nanmedian(noise))}
+    return found
+
+# %% ../../nbs/09_attack.ctgan.ipynb #30b32f15
+def held_out_scans(
+    held_out: tuple = HELD_OUT, # Names of real scans
+    phantoms: int = 2, # Test phantoms, seeds 0, 1, ...
+) -> list[TrainingScan]: # Real ones only where they are present
+    "Scans that a training with these settings never saw."
+    made = [(seed, *make_phantom(seed=seed, shape=(28, 384, 384), spacing=(2.5, 0.9, 0.9))) for seed in range(phantoms)]
+    tests = [TrainingScan(f"test phantom {seed}", scan, tuple((node.centre_voxel, node.diameter_mm) for node in nodules)) for seed, scan, nodules in made]
+    found = {name: path for name, path in development_scans().items() if name in held_out}
+    return tests + [read_training_scan(path, name, nodule_table(data_folder())) for name, path in found.items()]
+
+# %% ../../nbs/09_attack.ctgan.ipynb #4db38145
+def measure_scan(
+    ctgan: CTGAN, # The forger
+    source: TrainingScan, # A scan that it was not trained on
+    n: int = 50, # Injections; removals of rendered nodules and hidden cubes are half as many
+) -> dict[str, Any]: # One row of the card
+    "Everything that is measured on one scan."
+    scan = source.scan
+    clear = clear_places(source, n, 0, lung_mask(scan), margin_mm=10.0)
+    fit_in = [(tuple(at), mm) for at, mm in source.nodules if 5 <= mm <= ctgan.settings.mask - 2]
+    sizes = np.linspace(8, 16, max(len(clear) // 2, 1))
+    grown = [measure_removal(ctgan, with_nodule(scan, at, mm, 100 + i), [(tuple(at), mm)]) for i, (at, mm) in enumerate(zip(clear, sizes))]
+    def mean(key): return float(np.mean([g[key] for g in grown])) if grown else None
+    return {"scan": source.name, "inject": measure_injection(ctgan, scan, clear), "remove": measure_removal(ctgan, scan, fit_in),
+            "remove_rendered": {"nodules": len(grown), "removed": mean("removed"), "removed_centre": mean("removed_centre")},
+            "inpainting": measure_inpainting(ctgan, scan, clear[: n // 2]), "traces": measure_traces(ctgan, scan, clear[: n // 2])}
+
+# %% ../../nbs/09_attack.ctgan.ipynb #85937e25
+def measure_ctgan(
+    ctgan: CTGAN, # The forger
+    n: int = 50, # Injections per scan
+    phantoms: int = 2, # Test phantoms, seeds 0, 1, ...
+    held_out: tuple = HELD_OUT, # Names of the real scans that it was not trained on
+) -> list[dict[str, Any]]: # One row per test scan
+    "Quality on scans that were never trained on: test phantoms, and the held-out real scans where they are present."
+    return [measure_scan(ctgan, source, n) for source in progress_bar(held_out_scans(held_out, phantoms), desc="measuring")]
+
+# %% ../../nbs/09_attack.ctgan.ipynb #da1a98d1
+def measured(
+    ctgan: CTGAN, # The forger
+    config: CtganConfig, # Which scans it was not trained on
+    data: str | Path | Iterable[str | Path] | None = None, # As in `train_ctgan`
+) -> dict[str, Any]: # "quality" (one row per scan) and "disguise", for the card
+    "Everything that the card reports."
+    known = [load() for _, _, load in training_sources(replace(config, phantoms=2), data)]
+    return {"quality": measure_ctgan(ctgan, held_out=config.held_out), "disguise": measure_disguise(ctgan, known, held_out_scans(config.held_out))}
+
+# %% ../../nbs/09_attack.ctgan.ipynb #6a99ca05
 def ctgan_card(
     record: dict[str, Any], # "config", "seed", "preset", "sources", "quality", "seconds", "versions", "note"
 ) -> str: # Markdown
@@ -599,7 +729,7 @@ def ctgan_card(
              *(f"| {s['name']} | {s['inject']} | {s['remove']} |" for s in record.get("sources", [])), "",
              "`phantom-*` are procedural (chapter 2). The real scans come from The Cancer Imaging Archive: LIDC-IDRI (CC BY 3.0, doi:10.7937/K9/TCIA.2015.LO9QL9SX),",
              "CPTAC-LSCC (CC BY 3.0, doi:10.7937/K9/TCIA.2018.6EMUB5L2), Lung-PET-CT-Dx (CC BY 4.0, doi:10.7937/TCIA.2020.NNC2-0461). Nearly all nodules of the nodule cubes",
-             f"were rendered into these scans. Never trained on: {', '.join(HELD_OUT)}, and phantoms with seeds below 1000. The last source only validates.", "",
+             f"were rendered into these scans. Never trained on: {', '.join(config.get('held_out', ())) or 'no real scan'}, and phantoms with seeds below 1000. The last source only validates.", "",
              "## Recipe", "", f"`train_ctgan({record.get('preset')!r}, out, seed={record.get('seed')})`", "",
              *(f"- {k}: {v}" for k, v in config.items()), "",
              f"{config.get('steps')} updates of each generator; {record.get('seconds', 0) / 60:.1f} minutes in all with {record.get('threads')} threads ({record.get('compute')}).",
@@ -610,10 +740,17 @@ def ctgan_card(
              "-400 HU that is gone, in a ball 2 mm wider than the nodule / in the whole masked centre (which may hold chest wall). In brackets: how many.", "",
              "| scan | injection | removal, its nodules | removal, rendered nodules |", "|---|---|---|---|",
              *(f"| {q['scan']} | {percent(q, 'inject', 'rate')} | {percent(q, 'remove', 'removed')} / {percent(q, 'remove', 'removed_centre')} "
-               f"| {percent(q, 'remove_rendered', 'removed')} / {percent(q, 'remove_rendered', 'removed_centre')} |" for q in record.get("quality", [])), ""]
+               f"| {percent(q, 'remove_rendered', 'removed')} / {percent(q, 'remove_rendered', 'removed_centre')} |" for q in record.get("quality", [])), "",
+             "Mean absolute error (HU) of the remover's filling on healthy cubes, beside fillings without learning; then forged over untouched: step across the border of the mask, and noise inside.", "",
+             "| scan | remover | mean of the rim | harmonic | biharmonic | seam, injection / removal | noise, injection / removal |", "|---|---:|---:|---:|---:|---|---|",
+             *(f"| {q['scan']} | " + " | ".join(f"{q['inpainting'][k]:.1f}" for k in ("remover", "rim_mean", "harmonic", "biharmonic"))
+               + "".join(f" | {q['traces']['inject'][k]:.2f} / {q['traces']['remove'][k]:.2f}" for k in ("seam", "noise")) + " |" for q in record.get("quality", [])), ""]
+    if d := record.get("disguise"):
+        lines += [f"A plain classifier of 32 x 32 patches, trained on other patients, tells forged from honest with an AUC of {d['inject']:.2f} (injected against rendered nodules) "
+                  f"and {d['remove']:.2f} (removed nodules against healthy lung); on its own patches {d['inject_seen']:.2f} and {d['remove_seen']:.2f}.", ""]
     return "\n".join(lines)
 
-# %% ../../nbs/09_attack.ctgan.ipynb #76f59edc
+# %% ../../nbs/09_attack.ctgan.ipynb #22eccb91
 def train_generator(
     action: str, # "inject" or "remove"
     cubes: dict, # From `build_cubes`
@@ -630,14 +767,14 @@ def train_generator(
     validation = None
     if len(held := cubes[action][used:][:32]):
         hu = torch.from_numpy(held[:, 4:-4, 4:-4, 4:-4].astype(np.float32))[:, None]
-        validation = {"hu": hu, "cond": equalizer(hu).masked_fill(centre_mask(32, config.mask), 0.0)}
+        validation = {"hu": hu, "cond": condition(equalizer(hu), config.mask, config.start)}
     batches = cube_batches(cubes[action][:used], equalizer, config)
     task = InpaintTask(config, seed + ACTIONS.index(action), validation, equalizer)
     history = fit(task, batches, config.steps, seed=seed, out=out, checkpoint_every=max(config.steps // 10, 1), log_every=10,
                   validate_every=max(config.steps // 10, 1), desc=f"training to {action}", compute=compute, callbacks=callbacks, progress=progress)
     return settle_batchnorm(task.networks["generator"], batches, config.settle, seed, compute).cpu(), history
 
-# %% ../../nbs/09_attack.ctgan.ipynb #93305b59
+# %% ../../nbs/09_attack.ctgan.ipynb #8ffee435
 def train_ctgan(
     preset: str = "tiny", # "tiny": minutes on two cores; "full": the paper's size
     out: str | Path = "ctgan", # Folder for the weights; work files lie beside it until the end
@@ -646,27 +783,33 @@ def train_ctgan(
     *,
     compute: Compute | None = None, # Device and precision; None for `pick_compute()`
     measure: bool = True, # Measure the quality for the card
-    callbacks: tuple = (), # For `fit`: pictures while it trains
+    pictures: str | Path | None = None, # Folder for PNGs of condition, generated and original as the training goes
+    callbacks: tuple = (), # For `fit`
     progress: bool = True, # Show bars
     **overrides, # Fields of `CtganConfig`
 ) -> CTGAN:
     """Train injector and remover, and write them with pipeline, history and card. Called again after an interruption, it goes on where it was.
 
-    Raises `UsageError`, `DataError`, `TrainError`, `OutputError`."""
+    Under `accelerate launch` several processes share the work; the first one cuts the cubes, measures and writes. Raises `UsageError`, `DataError`, `TrainError`, `OutputError`."""
+    from accelerate import PartialState
     config, out, began = from_preset(CtganConfig, preset, **overrides), Path(out), time.perf_counter()
     compute = compute or pick_compute()
     work = out.with_name(out.name + ".work")
-    cubes = build_cubes(work / "cubes", training_sources(config, data), config, seed, progress)
+    with PartialState().main_process_first(): cubes = build_cubes(work / "cubes", training_sources(config, data), config, seed, progress)
     equalizer = Equalizer(high=config.high).fit(np.concatenate([cubes[a][::max(1, len(cubes[a]) // 200), ::2, ::2, ::2].ravel() for a in ACTIONS]))
     nets, history = {}, {}
     for action in ACTIONS:
-        nets[action], history[action] = train_generator(action, cubes, equalizer, config, seed, work / action, compute, callbacks, progress)
+        shots = (Snapshots(max(config.steps // 10, 1), inpainting_pictures, Path(pictures) / action, window=(-1000, 200)),) if pictures and len(cubes["sources"]) > 1 else ()
+        nets[action], history[action] = train_generator(action, cubes, equalizer, config, seed, work / action, compute, (*callbacks, *shots), progress)
     record = {"preset": preset, "seed": seed, "config": {f.name: getattr(config, f.name) for f in fields(config)}, "sources": cubes["sources"],
               "history": {action: {"rows": h.rows} for action, h in history.items()}, "threads": torch.get_num_threads(), "compute": compute.why,
               "versions": versions("mits_nb", "torch", "numpy")}
-    ctgan = CTGAN(nets["inject"], nets["remove"], equalizer, Tampering(mask=config.mask, high=config.high), record)
-    record |= {"seconds": time.perf_counter() - began, "quality": measure_ctgan(ctgan) if measure else []}
-    record["history"] |= {"quality": record["quality"], "seconds": record["seconds"]}
-    ctgan.save_pretrained(out)
-    shutil.rmtree(work)
+    ctgan = CTGAN(nets["inject"], nets["remove"], equalizer, Tampering(mask=config.mask, start=config.start, high=config.high), record)
+    record |= {"seconds": time.perf_counter() - began, "quality": [], "disguise": {}}
+    if (state := PartialState()).is_main_process:
+        if measure: record |= measured(ctgan, config, data)
+        record["history"] |= {key: record[key] for key in ("quality", "disguise", "seconds")}
+        ctgan.save_pretrained(out)
+        shutil.rmtree(work)
+    state.wait_for_everyone()
     return ctgan
