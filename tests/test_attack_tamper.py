@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mits_nb.attack.tamper import (Equalizer, Tampering, centre_mask, cuboid_box, cut_cube, fade, harmonic_inpaint, load_equalizer, make_noise,
-                                   paste_cube, save_equalizer, tamper, tamper_tensor)
+from mits_nb.attack.tamper import (Equalizer, Tampering, centre_mask, cuboid_box, cut_cube, fade, ground_truth, harmonic_inpaint, load_equalizer, make_noise, masked_spectrum,
+                                    noise_ratio, noise_spectrum, outside_lung, paste_cube, save_equalizer, seam_ratio, tamper, tamper_tensor)
 from mits_nb.core import PlaceError, ScanError, UsageError, WeightsError
-from mits_nb.scan import Scan
+from mits_nb.scan import Scan, read_scan, write_scan
 
 SPACINGS = [(2.5, 0.7, 0.7), (1.0, 1.0, 1.0), (5.0, 0.84, 0.9), (0.6, 2.2, 1.3)]
 HARMONIC = partial(harmonic_inpaint, mask=centre_mask(32, 16))
@@ -300,3 +300,158 @@ def test_real_scan(data_dir, equalizer):
     outside = np.ones(scan.shape, bool)
     outside[tuple(slice(*b) for b in out.history[0]["box"])] = False
     assert np.array_equal(out.hu[outside], scan.hu[outside]) and out.spacing == scan.spacing
+
+
+# ------------------------------------------------------------------ what is no CT in HU
+@pytest.mark.parametrize("low, high", [(0, 255), (0, 1), (24, 4095)])
+def test_values_that_are_no_hu(equalizer, low, high):
+    r = np.random.default_rng(0)
+    for dtype in (np.int16, np.float32):
+        if high == 1 and dtype == np.int16: continue
+        scan = Scan(r.uniform(low, high, (30, 90, 90)).astype(dtype), (2.5, 0.7, 0.7))
+        with pytest.raises(ScanError, match="8-bit picture"): tamper(scan, (15, 45, 45), HARMONIC, "remove", equalizer=equalizer)
+    solid = lung(); solid[5:25, 20:70, 20:70] = 40                              # soft tissue without noise all around the place, but a CT
+    assert tamper(Scan(solid, (2.5, 0.7, 0.7)), (15, 45, 45), HARMONIC, "remove", equalizer=equalizer).history
+    with pytest.raises(ScanError, match="int16 or float32"): Scan(np.zeros((30, 90, 90), np.uint8), (2.5, 0.7, 0.7))
+
+
+def test_odd_spacing_of_a_scan(equalizer):
+    with pytest.raises(ScanError, match="at most 20"): tamper(Scan(lung(), (25., 0.7, 0.7)), (15, 45, 45), HARMONIC, equalizer=equalizer)
+    for bad in (0, -1, np.nan):
+        with pytest.raises(ScanError): Scan(lung(), (2.5, bad, 0.7))
+
+
+def test_a_refused_place_changes_nothing_and_calls_no_one(equalizer):
+    called = []
+    with pytest.raises(PlaceError): tamper(Scan(lung(), (2.5, 0.7, 0.7)), [(15, 45, 45), (31, 45, 45)], lambda c: called.append(1) or c, equalizer=equalizer)
+    assert not called
+
+
+def test_only_the_cuboid_is_resampled(equalizer, monkeypatch):
+    import mits_nb.attack.tamper as module
+    sizes, plain = [], module.resample3
+    monkeypatch.setattr(module, "resample3", lambda x, where: sizes.append(x.numel()) or plain(x, where))
+    scan = Scan(lung((40, 200, 200)), (2.5, 0.7, 0.7))
+    tamper(scan, (20, 100, 100), HARMONIC, "remove", equalizer=equalizer)
+    assert sizes and max(sizes) < 1.1 * 32**3 < scan.hu.size / 10
+
+
+def test_padding_outside_the_field_of_view_is_no_tissue(equalizer):
+    hu = lung(); hu[:, :, 48:] = -2048
+    out = tamper(Scan(hu, (2.5, 0.7, 0.7)), (15, 45, 45), lambda c: c * 0 + 0.3, "inject", equalizer=equalizer)
+    assert (out.hu[:, :, 48:] == -2048).all() and (out.hu != hu).any()
+
+
+def test_rim_is_the_scans_own(equalizer):
+    hu, at, spacing = torch.from_numpy(lung((40, 60, 60))).float(), (20, 30, 30), (1., 1., 1.)
+    wrong_rim = lambda c: HARMONIC(c) + 0.2 * (c != 0)                          # a network that repeats its rim badly
+    right, wrong = (tamper_tensor(hu, at, spacing, f, equalizer=equalizer) for f in (HARMONIC, wrong_rim))
+    assert torch.equal(right, wrong)
+    settings = Tampering(paste="released", touch_up=None)
+    right, wrong = (tamper_tensor(hu, at, spacing, f, settings, equalizer) for f in (HARMONIC, wrong_rim))
+    assert not torch.allclose(right, wrong, atol=20)
+
+
+def test_grain_of_the_in_painter_is_replaced(equalizer):
+    scan, at = Scan(lung((40, 150, 150)), (1.0, 0.7, 0.7)), (20, 75, 75)
+    for grain in (0., 0.02, 0.15):                                              # none, a little, too much
+        noise = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(1)) * grain
+        out = tamper(scan, at, lambda c: HARMONIC(c) + noise, "remove", equalizer=equalizer)
+        assert 0.8 < noise_ratio(out, at, 16) < 1.25
+
+
+# ------------------------------------------------------------------ measuring
+def test_seam_of_nothing_of_a_step_and_of_a_smooth_block():
+    scan, at = Scan(lung((40, 90, 90)), (1.0, 0.7, 0.7)), (20, 45, 45)
+    assert seam_ratio(scan, scan, at) == 1
+    inside = np.s_[10:31, 31:60, 31:60]                                         # 20 mm: |offset| <= 10 mm
+    step = scan.hu.copy(); step[inside] += 500
+    noise = 2 / np.sqrt(np.pi) * 25                                             # mean |difference| of two independent normal numbers
+    assert abs(seam_ratio(scan, Scan(step, scan.spacing), at, 20) / (500 / noise) - 1) < 0.05
+    assert seam_ratio(scan, Scan(step, scan.spacing), at, 16) == 1 == seam_ratio(scan, Scan(step, scan.spacing), at, 24)
+    smooth = scan.hu.copy(); smooth[inside] = -870
+    assert abs(seam_ratio(scan, Scan(smooth, scan.spacing), at, 20) - 2**-0.5) < 0.05
+    assert seam_ratio(scan, Scan(smooth, scan.spacing), at, 12) == 0
+    with pytest.raises(PlaceError): seam_ratio(scan, scan, at, 300)
+    with pytest.raises(PlaceError): seam_ratio(scan, scan, (99, 0, 0))
+    top = scan.hu.copy(); top[:11, 31:60, 31:60] += 500                         # at the border of the scan only the faces inside it count
+    assert abs(seam_ratio(scan, Scan(top, scan.spacing), (0, 45, 45), 20) / (500 / noise) - 1) < 0.05 and seam_ratio(scan, scan, (0, 45, 45)) == 1
+
+
+@pytest.mark.parametrize("factor", [0., 0.5, 1., 2.])
+def test_noise_ratio_is_the_ratio(factor):
+    r = np.random.default_rng(3)
+    hu = r.normal(-850, 25, (40, 120, 120)); at = (20, 60, 60)
+    zyx = np.ogrid[:40, :120, :120]
+    inside = np.maximum(np.maximum(abs(zyx[0] - 20) * 1.0, abs(zyx[1] - 60) * 0.7), abs(zyx[2] - 60) * 0.7) <= 10
+    hu = np.where(inside, -850 + (hu + 850) * factor, hu)
+    hu[:, 57:60, :] = 60                                                        # a vessel through both regions
+    assert noise_ratio(Scan(hu.astype(np.float32), (1.0, 0.7, 0.7)), at, 20) == pytest.approx(factor, abs=0.06)
+
+
+def test_noise_ratio_without_lung_is_nan():
+    scan = Scan(np.random.default_rng(0).normal(40, 10, (40, 90, 90)).astype(np.int16), (1., .7, .7))
+    assert np.isnan(noise_ratio(scan, (20, 45, 45))) and noise_ratio(scan, (20, 45, 45), band=(-200., 200.)) == pytest.approx(1, abs=0.1)
+    assert np.isnan(noise_spectrum(scan, (20, 45, 45))[1]).all()
+
+
+def test_spectrum_of_white_and_of_smooth_noise_and_parseval():
+    from scipy import ndimage as ndi
+    r, spacing = np.random.default_rng(0), (1., 0.7, 0.9)
+    noise = r.normal(0, 20, (30, 100, 90)); mask = ndi.gaussian_filter(r.normal(size=noise.shape), (0, 4, 4)) > -0.05   # irregular islands
+    f, white = masked_spectrum(np.where(mask, noise, 0), mask, spacing)
+    assert np.allclose(white, 400 * 0.63, rtol=0.12) and f[0] == 0 and f[-1] <= 0.5 / 0.9
+    sigma = 1.2                                                                 # mm: the spectrum of smoothed white noise is known
+    soft = ndi.gaussian_filter(noise, (0, sigma / 0.7, sigma / 0.9))
+    f, power = masked_spectrum(np.where(mask, soft, 0), mask, spacing)
+    want = 400 * 0.63 * np.exp(-(2 * np.pi * f * sigma) ** 2)
+    assert np.allclose(power[2:4], want[2:4], rtol=0.35) and power[-1] < 0.05 * power[0]
+
+
+# ------------------------------------------------------------------ ground truth
+def test_ground_truth_is_bit_exact_with_and_without_the_original(equalizer):
+    scan = Scan(lung(), (2.5, 0.7, 0.7), origin=(-50., 20., -300.))
+    out = tamper(scan, [(10, 40, 40), (12, 50, 50)], HARMONIC, "remove", equalizer=equalizer, seed=3)      # boxes overlap
+    out = tamper(out, (29, 2, 88), lambda c: c * 0 + 0.3, "inject", equalizer=equalizer)
+    truth = ground_truth(out, scan)
+    assert np.array_equal(truth.mask, out.hu != scan.hu)
+    alone = ground_truth(out)
+    assert (alone.mask >= truth.mask).all() and (alone.mask & ~truth.mask).sum() <= 3                      # changed, and changed back by chance
+    assert [p["action"] for p in truth.places] == ["remove", "remove", "inject"] and truth.settings[0]["mask"] == 16
+    assert np.allclose(truth.places[2]["at_mm"], scan.voxel_to_world((29, 2, 88))) and "3 places" in repr(truth)
+    assert not ground_truth(scan).mask.any() and ground_truth(scan).places == ()
+
+
+def test_ground_truth_of_old_damaged_and_resampled(equalizer):
+    from dataclasses import replace
+    from mits_nb.scan import resample
+    scan = Scan(lung(), (2.5, 0.7, 0.7))
+    out = tamper(scan, (10, 40, 40), HARMONIC, "remove", equalizer=equalizer)
+    note = dict(out.history[0])
+    def with_note(**changes): return replace(out, meta={"history": ({k: v for k, v in {**note, **changes}.items() if v is not None},)})
+    old = ground_truth(with_note(changed=None))                                 # an old note: the whole box
+    assert old.mask.sum() == np.prod([b - a for a, b in note["box"]]) and old.mask[tuple(slice(*b) for b in note["box"])].all()
+    for bad in ("?", "", note["changed"][:40], 5):
+        with pytest.raises(ScanError, match="mask"): ground_truth(with_note(changed=bad))
+    with pytest.raises(ScanError, match="resampl"): ground_truth(resample(out, (2.5, 1.4, 1.4)))
+    with pytest.raises(ScanError, match="original"): ground_truth(out, resample(scan, (2.5, 1.4, 1.4)))
+
+
+@pytest.mark.parametrize("name", ["a", "a.mha", "a.nrrd", "a.nii.gz"])
+def test_ground_truth_survives_files(equalizer, tmp_path, name):
+    scan = Scan(lung(), (2.5, 0.7, 0.7))
+    out = tamper(scan, (10, 40, 40), HARMONIC, "remove", equalizer=equalizer)
+    back = read_scan(write_scan(out, tmp_path / name))
+    assert back.history == out.history and np.array_equal(ground_truth(back).mask, out.hu != scan.hu)
+
+
+def test_outside_lung(phantom):
+    from mits_nb.data import lung_mask, lung_places
+    scan, nodules = phantom
+    mask = lung_mask(scan)
+    place = tuple(int(v) for v in lung_places(scan, 1, seed=0, mask=mask)[0])
+    assert outside_lung(scan, place) == [] and outside_lung(scan, [n.centre_voxel for n in nodules], mask) == []
+    said = outside_lung(scan, [place, (12, 3, 80)], mask)
+    assert len(said) == 1 and "12, 3, 80" in said[0] and "mm" in said[0]
+    assert "no lung" in outside_lung(scan, place, ~mask & mask)[0]
+    with pytest.raises(PlaceError): outside_lung(scan, (99, 3, 80), mask)
