@@ -706,6 +706,8 @@ def mits_train(
     parser.add_argument("--protector", help="weights whose honest output the detector must not take for a forgery (default: mitsgan-PRESET)")
     parser.add_argument("--data", help="folder of real scans to train on besides phantoms (default: the variable MITS_DATA)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hold-out", action="append", metavar="NAME", help="attack: a scan to leave out, by its name; may be repeated (default: LIDC-IDRI-0003)")
+    parser.add_argument("--pictures", metavar="FOLDER", help="attack: pictures of condition, generated and original as the training goes")
     return guarded(lambda: run_train(parser.parse_args(argv)))
 
 # %% ../nbs/21_cli.ipynb #89179988
@@ -713,6 +715,7 @@ def run_train(
     args: argparse.Namespace, # Parsed words
 ) -> Path: # Folder of the weights
     "Call the training function of a part and check its output folder first."
+    if args.part != "attack" and (args.hold_out or args.pictures): raise UsageError("--hold-out and --pictures belong to mits_train attack")
     if args.data is not None and not Path(args.data).is_dir(): raise UsageError(f"{args.data} is not a folder of scans: check --data")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(pick_compute().why)
@@ -720,7 +723,7 @@ def run_train(
     common = dict(preset=args.preset, out=check_output(out), data=args.data, seed=args.seed)
     if args.part == "attack":
         from mits_nb.attack.ctgan import train_ctgan
-        train_ctgan(**common)
+        train_ctgan(**common, pictures=args.pictures, **({"held_out": tuple(args.hold_out)} if args.hold_out else {}))
     else:
         from mits_nb.attack.ctgan import CTGAN
         attacker = CTGAN.from_pretrained(args.attacker or f"ctgan-{args.preset}")

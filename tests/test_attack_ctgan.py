@@ -37,7 +37,7 @@ def cubes(mini, tmp_path_factory):
 def forger():
     "Untrained networks: the plumbing does not depend on what they have learned."
     torch.manual_seed(0)
-    return c.CTGAN(c.QuickGenerator(2), c.QuickGenerator(2), Equalizer(high=400.0), Tampering(mask=20, high=400.0))
+    return c.CTGAN(Generator(2), Generator(2), Equalizer(high=400.0), Tampering(mask=20, high=400.0))
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,9 @@ def test_sources_never_hold_the_test_patient(data_dir, monkeypatch):
     assert "LIDC-IDRI-0001" in names and not any("LIDC-IDRI-0003" in name for name in names)
     names = [name for name, *_ in c.training_sources(config, data=data_dir)]  # the same folder, given by hand: label maps are no scans either
     assert "CPTAC-LSCC_C3N-00247" in names and not any("LIDC-IDRI-0003" in name or "nodules" in name for name in names)
+    names = [name for name, *_ in c.training_sources(replace(config, held_out=("LIDC-IDRI-0001", "Lung_Dx-A0001")))]  # another patient's turn
+    assert {"LIDC-IDRI-0003", "CPTAC-LSCC_C3N-00247"} == {name for name in names if not name.startswith("phantom")}
+    assert [s.name for s in c.held_out_scans(("LIDC-IDRI-0001",), phantoms=0)] == ["LIDC-IDRI-0001"]
 
 
 def test_sources_bad_input(mini, tmp_path):
@@ -142,29 +145,15 @@ def test_augment_keeps_a_centred_ball_centred():
         assert ((mass * p).sum(1) / mass.sum(1)).abs().max() < 0.05
 
 
-def test_upsample_conv_is_exact():
-    from mits_nb.attack.nets import SameConv3d
-    conv, x = SameConv3d(3, 2).double(), torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
-    torch.nn.init.normal_(conv.bias)
-    want = conv(torch.nn.functional.interpolate(x, scale_factor=2))
-    assert torch.allclose(c.upsample_conv(x, conv), want, atol=1e-12)
-
-
-def test_quick_generator_is_the_generator():
-    torch.manual_seed(0)
-    quick, plain = c.QuickGenerator(3).eval(), Generator(3).eval()
-    plain.load_state_dict(quick.state_dict())
-    x = torch.randn(2, 1, 32, 32, 32)
-    assert torch.allclose(quick(x), plain(x), atol=1e-5)
-    with pytest.raises(UsageError): quick(torch.zeros(1, 1, 31, 32, 32))
-
-
 def test_batches_have_a_hole_and_are_pure(mini, cubes):
     batches = c.cube_batches(cubes["inject"], Equalizer().fit(cubes["inject"].copy()), mini)
     one, two = (batches(3, torch.Generator().manual_seed(7)) for _ in range(2))
     hole = c.centre_mask(32, mini.mask)
     assert torch.equal(one["cond"], two["cond"]) and torch.equal(one["target"], two["target"])
-    assert (one["cond"][..., hole] == 0).all() and torch.equal(one["cond"][..., ~hole], one["target"][..., ~hole])
+    film = c.harmonic_inpaint(one["target"], hole)
+    assert mini.start == "film" and torch.allclose(one["cond"], film, atol=1e-3)
+    zeros = c.cube_batches(cubes["inject"], Equalizer().fit(cubes["inject"].copy()), replace(mini, start="zeros"))(3, torch.Generator().manual_seed(7))
+    assert (zeros["cond"][..., hole] == 0).all() and torch.equal(zeros["target"], one["target"]) and torch.equal(one["cond"][..., ~hole], one["target"][..., ~hole])
     assert one["target"].abs().max() <= 0.5 and one["target"][..., hole].std() > 0.01
 
 
@@ -181,7 +170,7 @@ def test_training_lowers_l1(cubes):
 
 def test_settled_statistics_are_those_of_inference(mini, cubes):
     torch.manual_seed(0)
-    net = c.QuickGenerator(2, dropout=0.5)
+    net = Generator(2, dropout=0.5)
     batches = c.cube_batches(cubes["remove"], Equalizer().fit(cubes["remove"].copy()), mini)
     norm = next(m for m in net.modules() if isinstance(m, torch.nn.BatchNorm3d))
     seen = []
@@ -308,11 +297,76 @@ def test_shipped_quality(shipped):
     mask = lung_mask(scan)
     places = c.clear_places(source, 10, 0, mask, margin_mm=10.0)
     assert c.measure_injection(shipped, scan, places)["found"] >= 0.8 * len(places)
-    hu = scan.hu.copy()
-    from mits_nb.phantom import render_nodule
-    part, place, where = c.neighbourhood(scan, places[0])
-    hu[where] = np.rint(render_nodule(part, scan.spacing, tuple(place), 11.0, 1)).astype(np.int16)
-    assert c.measure_removal(shipped, scan.with_hu(hu), [(places[0], 11.0)])["removed"] >= 0.7
+    assert c.measure_removal(shipped, c.with_nodule(scan, places[0], 11.0, 1), [(places[0], 11.0)])["removed"] >= 0.7
+    error = c.measure_inpainting(shipped, scan, places[:6])
+    assert error["remover"] < 0.9 * error["harmonic"] < error["rim_mean"]
+
+
+def test_baseline_fills_know_what_they_can_know():
+    "A plane is harmonic and biharmonic; x^3 is biharmonic only; a constant is all that the mean of the rim gets right."
+    x = torch.linspace(-1, 1, 32)
+    plane = (x[:, None, None] + 2 * x[:, None] - x).expand(32, 32, 32)
+    cubic = (x**3).expand(32, 32, 32)
+    truth = torch.stack([torch.full((32, 32, 32), 7.0), plane, cubic]) * 100
+    hole = c.centre_mask(32, 12)
+    error = {name: (fill - truth)[:, hole].abs().amax(1) for name, fill in c.baseline_fills(truth.masked_fill(hole, -1e4), hole).items()}
+    assert error["rim_mean"][0] < 1e-2 and error["rim_mean"][1] > 20
+    assert (error["harmonic"][:2] < 0.1).all() and error["harmonic"][2] > 1
+    assert (error["biharmonic"] < 0.1).all()
+
+
+def test_inpainting_error_is_that_of_the_filling(forger, phantom):
+    scan, _, mask = phantom
+    places = lung_places(scan, 2, seed=1, margin_mm=12, mask=mask)
+
+    class Constant(torch.nn.Module):
+        def __init__(self): super().__init__(); self.value = torch.nn.Parameter(torch.tensor(-0.5))
+        def forward(self, x): return self.value.expand_as(x)
+    lowest = c.CTGAN(forger.injector, Constant(), Equalizer(high=400.0), Tampering(mask=20, high=400.0))
+    inside = np.stack([c.training_cube(scan, tuple(p))[10:-10, 10:-10, 10:-10] for p in places]).clip(-1000, 400)
+    found = c.measure_inpainting(lowest, scan, places)
+    assert found["cubes"] == 2 and found["remover"] == pytest.approx(np.abs(inside + 1000.0).mean(), abs=0.1)
+
+
+def test_patch_pairs_show_the_same_place(forger, phantom):
+    scan, _, mask = phantom
+    places = lung_places(scan, 3, seed=1, margin_mm=12, mask=mask)
+    for action in c.ACTIONS:
+        patches, forged = c.patch_pairs(forger, scan, places, action)
+        assert patches.shape == (6, 1, 32, 32) and patches.dtype == np.float32 and forged.tolist() == [0, 0, 0, 1, 1, 1]
+        assert np.array_equal(patches, c.patch_pairs(forger, scan, places, action)[0])
+        same = [np.mean(patches[i] == patches[i + 3]) for i in range(3)]
+        assert all(0 < s < 1 for s in same)  # the frame is the same scan, the middle is not
+
+
+def test_patch_judge_learns_what_can_be_learnt_and_nothing_else():
+    g = np.random.default_rng(0)
+    noise, labels = g.normal(size=(120, 1, 16, 16)).astype(np.float32), np.arange(120) % 2
+    marked = noise + 0.7 * labels[:, None, None, None].astype(np.float32)
+    for patches, low, high in ((marked, 0.95, 1.0), (noise, 0.2, 0.8)):
+        judge = c.PatchJudge(patches[:80], labels[:80])
+        c.fit(judge, judge.batches, 30, progress=False)
+        assert low <= judge.auc(patches[80:], labels[80:]) <= high
+
+
+def test_traces_of_nothing_are_none(phantom):
+    scan, _, mask = phantom
+    class Honest:
+        settings = Tampering(mask=20)
+        def tamper(self, scan, at, action, seed): return scan
+    found = c.measure_traces(Honest(), scan, lung_places(scan, 4, seed=1, margin_mm=12, mask=mask))
+    for action in c.ACTIONS:
+        assert found[action]["seam"] == pytest.approx(1) and 0.6 < found[action]["noise"] < 1.5
+
+
+def test_pictures_while_training(tmp_path):
+    c.train_ctgan("tiny", tmp_path / "w", data=(), measure=False, pictures=tmp_path / "pictures", **MINI)
+    for action in c.ACTIONS: assert len(list((tmp_path / "pictures" / action).glob("step-*.png"))) >= 4
+
+
+def test_the_start_is_kept_with_the_weights(forger, tmp_path):
+    c.CTGAN(forger.injector, forger.remover, forger.equalizer, Tampering(mask=20, start="film")).save_pretrained(tmp_path / "w")
+    assert c.CTGAN.from_pretrained(tmp_path / "w").settings.start == "film"
 
 
 def test_shipped_files_are_small(shipped):
