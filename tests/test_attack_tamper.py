@@ -336,6 +336,17 @@ def test_only_the_cuboid_is_resampled(equalizer, monkeypatch):
     assert sizes and max(sizes) < 1.1 * 32**3 < scan.hu.size / 10
 
 
+def test_threads_are_the_networks_and_come_back(equalizer):
+    usual, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        scan = Scan(lung(), (2.5, 0.7, 0.7))
+        tamper(scan, (15, 45, 45), lambda c: seen.append(torch.get_num_threads()) or HARMONIC(c), "remove", equalizer=equalizer)
+        with pytest.raises(ZeroDivisionError): tamper(scan, (15, 45, 45), lambda c: c / (1 // 0), equalizer=equalizer)
+        assert seen == [2] and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(usual)
+
+
 def test_padding_outside_the_field_of_view_is_no_tissue(equalizer):
     hu = lung(); hu[:, :, 48:] = -2048
     out = tamper(Scan(hu, (2.5, 0.7, 0.7)), (15, 45, 45), lambda c: c * 0 + 0.3, "inject", equalizer=equalizer)

@@ -7,14 +7,15 @@ __all__ = ['Tampering', 'check_place', 'cuboid_box', 'interp_matrix', 'resample3
            'load_equalizer', 'centre_mask', 'neighbour_sum', 'harmonic_inpaint', 'soap_film', 'condition', 'fill_cube',
            'box_positions', 'fade', 'smooth_slices', 'fine_detail', 'quiet_tissue', 'noise_level', 'quiet_shift',
            'noise_around', 'patch_noise', 'make_noise', 'exchanged', 'released_touch_up', 'paste_cube', 'as_places',
-           'own_rim', 'tamper_tensor', 'scan_noise', 'check_scan', 'pack_mask', 'forgery_note', 'tamper', 'GroundTruth',
-           'note_mask', 'ground_truth', 'seam_ratio', 'quiet_zones', 'noise_ratio', 'masked_spectrum', 'noise_spectrum',
-           'outside_lung', 'changed_box', 'Step', 'Forgeries', 'playground_controls', 'TamperPlayground', 'say',
-           'refresh_playground', 'choose_place', 'working', 'wire_playground']
+           'own_rim', 'tamper_tensor', 'scan_noise', 'threads', 'check_scan', 'pack_mask', 'forgery_note', 'tamper',
+           'GroundTruth', 'note_mask', 'ground_truth', 'seam_ratio', 'quiet_zones', 'noise_ratio', 'masked_spectrum',
+           'noise_spectrum', 'outside_lung', 'changed_box', 'Step', 'Forgeries', 'playground_controls',
+           'TamperPlayground', 'say', 'refresh_playground', 'choose_place', 'working', 'wire_playground']
 
 # %% ../../nbs/08_attack.tamper.ipynb #f5cf48d3
 import base64, functools, math, zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -606,6 +607,16 @@ def scan_noise(scan:Scan, # the scan that is forged, whole
         return noise * ((goal ** 2 - left ** 2).clamp(min=0).sqrt() / (here if here > 0 else goal)) - grain
     return texture
 
+# %% ../../nbs/08_attack.tamper.ipynb #fadbe3b3
+@contextmanager
+def threads(n:int # of torch's CPU threads
+           ):
+    "Small tensors gain nothing from many threads, and on a busy machine waiting for them costs twenty times the work. Restores the number afterwards."
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 # %% ../../nbs/08_attack.tamper.ipynb #a189b50a
 def check_scan(scan:Scan, # the scan to be forged
                places:np.ndarray, # (n, 3) voxels
@@ -657,8 +668,10 @@ def tamper(scan:Scan, # the scan; it is not changed
     places = as_places(at)
     if system == "world": places = np.asarray(scan.world_to_voxel(places), dtype=float)
     check_scan(scan, places, settings)
-    hu, noise = scan.hu, scan_noise(scan, settings, seed)
-    with ThreadPoolExecutor(1) as worker:                         # the copy, all that depends on the size of the scan, is made meanwhile
+    hu, noise, usual = scan.hu, scan_noise(scan, settings, seed), torch.get_num_threads()
+    def fill(cond):
+        with threads(usual): return inpaint(cond)                 # the network is the one thing here that threads speed up
+    with threads(1), ThreadPoolExecutor(1) as worker:             # the copy, all that depends on the size of the scan, is made meanwhile
         copy = worker.submit(scan.hu.copy)
         for place in places:
             box = cuboid_box(place, scan.spacing, scan.shape, settings.cube)
@@ -666,7 +679,7 @@ def tamper(scan:Scan, # the scan; it is not changed
             part = tuple(slice(a, b + 2) for a, (_, b) in zip(lo, box))
             before = torch.from_numpy(hu[part].astype(np.float32))
             texture = None if noise is None else lambda new, old, _: noise(new, old, place)   # counted from the whole scan's corner
-            with torch.no_grad(): after = tamper_tensor(before, place - lo, scan.spacing, inpaint, settings, equalizer, texture, action)
+            with torch.no_grad(): after = tamper_tensor(before, place - lo, scan.spacing, fill, settings, equalizer, texture, action)
             if not torch.isfinite(after).all(): raise UsageError("The in-painter returned values that are not finite; check its weights.")
             hu = copy.result()
             np.copyto(hu[part], np.rint(after.numpy()).astype(hu.dtype), where=(after != before).numpy())
@@ -732,6 +745,7 @@ def seam_ratio(before:Scan, # the scan as it was
     return float(np.mean(ratios))
 
 # %% ../../nbs/08_attack.tamper.ipynb #29eebf2a
+@threads(1)
 def quiet_zones(scan:Scan, # any
                 at, # (z, y, x) voxel
                 edge:float, # mm: the zone inside is the cube of this edge around the place
