@@ -266,7 +266,7 @@ def soap_film(x:torch.Tensor, # (..., c, c, c) floating point; what the centre h
     k = torch.arange(1, mask + 1, dtype=x.dtype, device=x.device) * (math.pi / (mask + 1))
     s = torch.sin(k[:, None] * torch.arange(1, mask + 1, dtype=x.dtype, device=x.device)) * math.sqrt(2 / (mask + 1))
     c = 2 * k.cos()
-    def sines(u): return torch.einsum("ai,bj,ck,...ijk->...abc", s, s, s, u)
+    def sines(u): return s @ torch.einsum("ai,...ijk->...ajk", s, u) @ s   # one axis after the other; s is symmetric
     centre = (..., *[slice(lo, lo + mask)] * 3)
     hollow = x.masked_fill(centre_mask(x.shape[-1], mask, x.device), 0.)
     with torch.autocast(x.device.type, enabled=False):            # bf16 would cost the film its smoothness
