@@ -148,7 +148,7 @@ def test_chain_writes_everything_and_repeats_itself(tmp_path):
     (tmp_path / "b" / "mine.txt").write_text("keep")
     second = run_demo(DemoConfig(out=str(tmp_path / "b"), seed=4, **SMALL), say=lines.append)
     assert same(first) == same(second)
-    names = {"forged.mha", "metrics.json", "protected.mha", "protected_forged.mha", "report.html"}
+    names = {"forged.mha", "forged.mha.forgery.json", "metrics.json", "protected.mha", "protected_forged.mha", "protected_forged.mha.forgery.json", "report.html"}
     assert {p.name for p in (tmp_path / "a").iterdir()} == names
     assert {p.name for p in (tmp_path / "b").iterdir()} == names | {"mine.txt"}
 
