@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .nets import Discriminator, Generator
-from .tamper import (Equalizer, Tampering, centre_mask, condition, cut_cube, fill_cube, harmonic_inpaint, load_equalizer, noise_ratio, noise_spectrum,
+from .tamper import (Equalizer, Tampering, centre_mask, cut_cube, empty_centre, fill_cube, harmonic_inpaint, load_equalizer, noise_ratio, noise_spectrum,
                                    save_equalizer, seam_ratio, tamper, tamper_tensor)
 from ..core import Compute, DataError, TrainError, UsageError, WeightsError
 from ..core import atomic_dir, atomic_write, from_preset, pick_compute, progress as progress_bar, read_json, rng, torch_rng, versions, weights_path, write_json
@@ -288,7 +288,7 @@ def cube_batches(
         chosen = torch.randint(len(cubes), (config.batch,), generator=g).sort().values
         hu = augment(torch.from_numpy(cubes[chosen.numpy()].astype(np.float32)), g, config.jitter, config.turn)
         target = equalizer(hu)
-        return {"cond": condition(target, config.mask, config.start), "target": target}
+        return {"cond": empty_centre(target, config.mask, config.start), "target": target}
     return batches
 
 # %% ../../nbs/09_attack.ctgan.ipynb #a44ff57b
@@ -767,7 +767,7 @@ def train_generator(
     validation = None
     if len(held := cubes[action][used:][:32]):
         hu = torch.from_numpy(held[:, 4:-4, 4:-4, 4:-4].astype(np.float32))[:, None]
-        validation = {"hu": hu, "cond": condition(equalizer(hu), config.mask, config.start)}
+        validation = {"hu": hu, "cond": empty_centre(equalizer(hu), config.mask, config.start)}
     batches = cube_batches(cubes[action][:used], equalizer, config)
     task = InpaintTask(config, seed + ACTIONS.index(action), validation, equalizer)
     history = fit(task, batches, config.steps, seed=seed, out=out, checkpoint_every=max(config.steps // 10, 1), log_every=10,

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Tampering', 'check_place', 'cuboid_box', 'interp_matrix', 'resample3', 'cut_cube', 'Equalizer', 'save_equalizer',
-           'load_equalizer', 'centre_mask', 'neighbour_sum', 'harmonic_inpaint', 'soap_film', 'condition', 'fill_cube',
-           'box_positions', 'fade', 'smooth_slices', 'fine_detail', 'quiet_tissue', 'noise_level', 'quiet_shift',
-           'noise_around', 'patch_noise', 'make_noise', 'exchanged', 'released_touch_up', 'paste_cube', 'as_places',
-           'own_rim', 'tamper_tensor', 'scan_noise', 'threads', 'check_scan', 'pack_mask', 'forgery_note', 'tamper',
-           'GroundTruth', 'note_mask', 'ground_truth', 'seam_ratio', 'quiet_zones', 'noise_ratio', 'masked_spectrum',
-           'noise_spectrum', 'outside_lung', 'changed_box', 'Step', 'Forgeries', 'playground_controls',
-           'TamperPlayground', 'say', 'refresh_playground', 'choose_place', 'working', 'wire_playground']
+           'load_equalizer', 'centre_mask', 'neighbour_sum', 'harmonic_inpaint', 'soap_film', 'empty_centre',
+           'fill_cube', 'box_positions', 'fade', 'smooth_slices', 'fine_detail', 'quiet_tissue', 'noise_level',
+           'quiet_shift', 'noise_around', 'patch_noise', 'make_noise', 'exchanged', 'released_touch_up', 'paste_cube',
+           'as_places', 'own_rim', 'tamper_tensor', 'scan_noise', 'threads', 'check_scan', 'pack_mask', 'forgery_note',
+           'tamper', 'GroundTruth', 'note_mask', 'ground_truth', 'seam_ratio', 'quiet_zones', 'noise_ratio',
+           'masked_spectrum', 'noise_spectrum', 'outside_lung', 'changed_box', 'Step', 'Forgeries',
+           'playground_controls', 'TamperPlayground', 'say', 'refresh_playground', 'choose_place', 'working',
+           'wire_playground']
 
 # %% ../../nbs/08_attack.tamper.ipynb #f5cf48d3
 import base64, functools, math, zlib
@@ -274,7 +275,7 @@ def soap_film(x:torch.Tensor, # (..., c, c, c) floating point; what the centre h
     return hollow
 
 # %% ../../nbs/08_attack.tamper.ipynb #05ee6aad
-def condition(x:torch.Tensor, # (..., c, c, c) a cube in the normalised domain
+def empty_centre(x:torch.Tensor, # (..., c, c, c) a cube in the normalised domain
               mask:int=16, # edge of the centre, voxels
               start:str="zeros" # what its centre shall hold: "zeros" (paper, released) or "film"
              ) -> torch.Tensor: # same shape: all that the in-painter may know
@@ -283,13 +284,13 @@ def condition(x:torch.Tensor, # (..., c, c, c) a cube in the normalised domain
 
 # %% ../../nbs/08_attack.tamper.ipynb #aaed6a60
 def fill_cube(old:torch.Tensor, # (size, size, size) HU, already within [low, high]
-              inpaint, # callable (1, 1, size, size, size) -> same shape, both in about [-0.5, 0.5]; gets what `condition` returns
+              inpaint, # callable (1, 1, size, size, size) -> same shape, both in about [-0.5, 0.5]; gets what `empty_centre` returns
               settings:Tampering, # cube and mask
               equalizer:Equalizer # HU <-> [-0.5, 0.5]
              ) -> torch.Tensor: # (size, size, size) HU
     "Steps 4 to 8: equalise, normalise, zero the centre, let the in-painter fill it, and go back to HU."
     x = equalizer(old)
-    cond = condition(x, settings.mask, settings.start)
+    cond = empty_centre(x, settings.mask, settings.start)
     y = inpaint(cond[None, None])
     if y.shape != (1, 1, *old.shape): raise UsageError(f"The in-painter returned {tuple(y.shape)} for {(1, 1, *old.shape)}; it must keep the shape.")
     return equalizer.inverse(y[0, 0].to(x.dtype).clamp(-0.5, 0.5)).clamp(settings.low, settings.high)
