@@ -73,8 +73,8 @@ class CtganConfig:
     held_out: tuple = HELD_OUT     # patients to leave out, by name of the scan
 
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": dict(width=16, d_width=8, dropout=0.1, start="film", steps=240, batch=16, lr_g=5e-4, lr_d=1e-6, rim=0.2, true_rim=True,
-                     cubes=2400, real_share=0.6, phantoms=6, high=400.0,
+        "tiny": dict(width=16, d_width=8, dropout=0.1, steps=800, batch=16, lr_g=5e-4, lr_d=5e-5, rim=0.2, true_rim=True,
+                     cubes=1200, real_share=0.6, phantoms=6, high=400.0,
                      phantom_shape=(28, 384, 384), phantom_spacing=(2.5, 0.9, 0.9), settle=40),
         "full": {},
     }
