@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .nets import Discriminator, Generator
-from .tamper import (Equalizer, Tampering, centre_mask, cut_cube, empty_centre, fill_cube, harmonic_inpaint, load_equalizer, noise_ratio, noise_spectrum,
+from .tamper import (Equalizer, Tampering, centre_mask, cut_cube, empty_centre, fill_cube, harmonic_inpaint, load_equalizer, noise_ratio,
                                    save_equalizer, seam_ratio, tamper, tamper_tensor)
 from ..core import Compute, DataError, TrainError, UsageError, WeightsError
 from ..core import atomic_dir, atomic_write, from_preset, pick_compute, progress as progress_bar, read_json, rng, torch_rng, versions, weights_path, write_json
@@ -574,7 +574,7 @@ def measure_inpainting(
     cut = np.stack([training_cube(scan, tuple(at)) for at in places]).astype(np.float32)
     cubes = torch.from_numpy(cut[:, edge:-edge, edge:-edge, edge:-edge]).clamp(s.low, s.high)
     device, net = next(ctgan.remover.parameters()).device, ctgan.remover
-    with torch.no_grad(): mine = torch.stack([fill_cube(c, lambda x: net(x.to(device)).cpu(), s, ctgan.equalizer.to("cpu")) for c in cubes])
+    with torch.no_grad(): mine = torch.stack([fill_cube(c.to(device), net, s, ctgan.equalizer).cpu() for c in cubes])
     fills = {"remover": mine} | baseline_fills(cubes, hole)
     return {"cubes": len(cubes)} | {name: float((fill - cubes)[:, hole].abs().mean()) for name, fill in fills.items()}
 
@@ -657,7 +657,7 @@ def measure_traces(
     ctgan: CTGAN, # The forger
     scan: Scan, # A scan
     places: Iterable, # (n, 3) places (z, y, x)
-) -> dict[str, dict[str, float]]: # action -> "seam", "noise": medians over the places
+) -> dict[str, dict[str, float]]: # action -> "seam" (mean over the places), "noise" (median)
     "Ratios of forged to untouched scan: the mean step across the border of the mask, and the noise inside it."
     found = {}
     for action in ACTIONS:
