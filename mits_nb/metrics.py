@@ -224,7 +224,7 @@ NOT_ASKED = "LPIPS was not asked for"
 @functools.lru_cache(maxsize=1)
 def _fetched_backbone() -> Path | None: # None where it cannot be had; remembered, so that a process tries the network once
     "The official backbone from the cache, else by one download with a short timeout."
-    try: return fetch("squeezenet", BACKBONE, timeout=5)
+    try: return fetch("squeezenet", BACKBONE, timeout=5, tries=1)
     except DataError as error:
         log.info("LPIPS backbone: %s", error)
         return None
