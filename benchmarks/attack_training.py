@@ -45,7 +45,7 @@ class Step:
         home = self.compute.device
         self.g = nets.Generator(width, dropout=0.1).to(home, memory_format=torch.channels_last_3d)
         self.d = nets.Discriminator(d_width).to(home, memory_format=torch.channels_last_3d)
-        self.adams = [torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999), fused=True) for net in (self.g, self.d)]
+        self.adams = [torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999)) for net in (self.g, self.d)]
         self.target = torch.rand(batch, 1, 32, 32, 32, device=home) - 0.5
         self.hole = torch.zeros(32, 32, 32, dtype=torch.bool, device=home)
         self.hole[6:26, 6:26, 6:26] = True

@@ -146,7 +146,7 @@ def test_augment_keeps_a_centred_ball_centred():
 
 
 def test_batches_have_a_hole_and_are_pure(mini, cubes):
-    batches = c.cube_batches(cubes["inject"], Equalizer().fit(cubes["inject"].copy()), mini)
+    batches = c.cube_batches(cubes["inject"], Equalizer().fit(cubes["inject"].copy()), replace(mini, start="zeros"))
     one, two = (batches(3, torch.Generator().manual_seed(7)) for _ in range(2))
     hole = c.centre_mask(32, mini.mask)
     assert torch.equal(one["cond"], two["cond"]) and torch.equal(one["target"], two["target"])
@@ -361,6 +361,22 @@ def test_traces_of_nothing_are_none(phantom):
 def test_pictures_while_training(tmp_path):
     c.train_ctgan("tiny", tmp_path / "w", data=(), measure=False, pictures=tmp_path / "pictures", **MINI)
     for action in c.ACTIONS: assert len(list((tmp_path / "pictures" / action).glob("step-*.png"))) >= 4
+
+
+def test_the_remover_may_train_otherwise(mini, tmp_path):
+    config = replace(mini, remover=dict(lr_d=1e-6))
+    assert config.of("inject") is config and config.of("remove").lr_d == 1e-6 != config.lr_d
+    assert replace(config.of("remove"), lr_d=config.lr_d) == config
+    with pytest.raises(UsageError, match="cubes"): replace(mini, remover=dict(cubes=3))  # both share the cubes
+    ctgan = c.train_ctgan("tiny", tmp_path / "w", data=(), measure=False, **MINI | dict(remover=dict(steps=2)))
+    assert {a: ctgan.record["history"][a]["rows"][-1]["step"] for a in c.ACTIONS} == {"inject": 4, "remove": 2}
+    assert c.CTGAN.from_pretrained(tmp_path / "w").record["config"]["remover"] == {"steps": 2}
+
+
+def test_disguise_needs_a_place_to_forge_at(forger, phantom):
+    scan, _, _ = phantom
+    air = c.TrainingScan("air", scan.with_hu(np.full_like(scan.hu, -1000)))
+    with pytest.raises(DataError, match="no clear lung place in air"): c.measure_disguise(forger, [air], [air], n=4, steps=1)
 
 
 def test_the_start_is_kept_with_the_weights(forger, tmp_path):

@@ -14,7 +14,7 @@ __all__ = ['ACTIONS', 'HELD_OUT', 'CUT', 'KINDS', 'KIND_SHARES', 'CtganConfig', 
 # %% ../../nbs/09_attack.ctgan.ipynb #e0b767fd
 import functools, logging, math, shutil, time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,10 +71,21 @@ class CtganConfig:
     turn: float = 0.5              # augmentation: share of cubes turned by any angle; the others by quarter turns
     settle: int = 200              # batches over which batch norm is measured again after training; released 0
     held_out: tuple = HELD_OUT     # patients to leave out, by name of the scan
+    remover: dict = field(default_factory=dict) # settings of the training itself that the remover has otherwise; released: none
+
+    per_action: ClassVar[tuple] = ("steps", "batch", "lr_g", "lr_d", "beta1", "l1", "rim", "true_rim", "cool", "jitter", "turn", "settle")
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.remover) - set(self.per_action)):
+            raise UsageError(f"remover cannot have its own {unknown[0]!r}: it shares everything with the injector but {', '.join(self.per_action)}")
+
+    def of(self, action: str) -> "CtganConfig":
+        "The settings of one action's training."
+        return replace(self, **self.remover) if action == "remove" else self
 
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": dict(width=16, d_width=8, dropout=0.1, steps=800, batch=16, lr_g=5e-4, lr_d=5e-5, rim=0.2, true_rim=True,
-                     cubes=1200, real_share=0.6, phantoms=6, high=400.0,
+        "tiny": dict(width=16, d_width=8, dropout=0.1, start="film", steps=800, batch=16, lr_g=5e-4, lr_d=5e-5, rim=0.2, true_rim=True,
+                     remover=dict(lr_d=1e-6), cubes=2400, real_share=0.6, phantoms=6, high=400.0,
                      phantom_shape=(28, 384, 384), phantom_spacing=(2.5, 0.9, 0.9), settle=40),
         "full": {},
     }
@@ -640,12 +651,14 @@ def measure_disguise(
     n: int = 60, # Places per scan
     steps: int = 300, # Updates of the judge
 ) -> dict[str, float]: # "inject" and "remove": AUC over all unknown scans; the same with "_seen" for the judge's own patches
-    "How well a plain classifier, trained on other patients, tells forged patches from honest ones."
+    "How well a plain classifier, trained on other patients, tells forged patches from honest ones. Raises `DataError` where no scan has a place to forge at."
     found = {}
     for action in ACTIONS:
         parts = []
         for group in (known, unknown):
-            pairs = [patch_pairs(ctgan, s.scan, clear_places(s, n, 7, lung_mask(s.scan), margin_mm=10.0), action) for s in group]
+            places = [(s.scan, clear_places(s, n, 7, lung_mask(s.scan), margin_mm=10.0)) for s in group]
+            pairs = [patch_pairs(ctgan, scan, at, action) for scan, at in places if len(at)]
+            if not pairs: raise DataError(f"no clear lung place in {', '.join(s.name for s in group) or 'no scan'}: give scans that show lung away from their nodules")
             parts.append(tuple(np.concatenate(column) for column in zip(*pairs)))
         judge = PatchJudge(*parts[0])
         fit(judge, judge.batches, steps, log_every=max(steps // 10, 1), progress=False)
@@ -799,8 +812,9 @@ def train_ctgan(
     equalizer = Equalizer(high=config.high).fit(np.concatenate([cubes[a][::max(1, len(cubes[a]) // 200), ::2, ::2, ::2].ravel() for a in ACTIONS]))
     nets, history = {}, {}
     for action in ACTIONS:
-        shots = (Snapshots(max(config.steps // 10, 1), inpainting_pictures, Path(pictures) / action, window=(-1000, 200)),) if pictures and len(cubes["sources"]) > 1 else ()
-        nets[action], history[action] = train_generator(action, cubes, equalizer, config, seed, work / action, compute, (*callbacks, *shots), progress)
+        mine = config.of(action)
+        shots = (Snapshots(max(mine.steps // 10, 1), inpainting_pictures, Path(pictures) / action, window=(-1000, 200)),) if pictures and len(cubes["sources"]) > 1 else ()
+        nets[action], history[action] = train_generator(action, cubes, equalizer, mine, seed, work / action, compute, (*callbacks, *shots), progress)
     record = {"preset": preset, "seed": seed, "config": {f.name: getattr(config, f.name) for f in fields(config)}, "sources": cubes["sources"],
               "history": {action: {"rows": h.rows} for action, h in history.items()}, "threads": torch.get_num_threads(), "compute": compute.why,
               "versions": versions("mits_nb", "torch", "numpy")}
