@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 from mits_nb.core import DetectError, TrainError, UsageError, WeightsError, torch_rng
 from mits_nb.detect.cnn import (CLEAN, FORGED, PAIRED, RIM, ChannelAttention, Detector, DetectorConfig, PatchSet, cut_patch, dense_targets, draw_batch,
-                                folded, local_pool, max_pool_same, no_gain, random_view, standardise, train_detector, window_mean)
-from mits_nb.gan import History
+                                folded, local_pool, max_pool_same, random_view, standardise, train_detector, window_mean)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +163,3 @@ def test_a_short_training_learns_and_repeats():
     assert all(torch.equal(state[0][k], state[1][k]) for k in state[0])
 
 
-def test_early_stop_waits_for_patience():
-    def history(*values): return History([{"step": i, "v": v} for i, v in enumerate(values)])
-    stop = no_gain("v", patience=2, least=.01)
-    assert not stop(history(.5, .6)) and not stop(history(.5, .6, .6)) and stop(history(.5, .6, .6, .605)) and not stop(history(.5, .6, .6, .62))

@@ -6,7 +6,7 @@
 __all__ = ['CLEAN', 'PAIRED', 'RIM', 'FORGED', 'HARD', 'standardise', 'conv_bn', 'separable_bn', 'max_pool_same',
            'SpatialAttention', 'local_pool', 'ChannelAttention', 'PooledBlock', 'WideBlock', 'window_mean', 'Detector',
            'window_probability', 'folded', 'PatchSet', 'cut_patch', 'dense_targets', 'random_view', 'DetectorConfig',
-           'draw_batch', 'DetectorTask', 'no_gain', 'settle', 'train_detector']
+           'draw_batch', 'DetectorTask', 'settle', 'train_detector']
 
 # %% ../../nbs/15_detect.cnn.ipynb #37afe03b
 import copy
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..attack.nets import HubNet
 from ..core import DetectError, TrainError, UsageError, pick_compute, torch_rng
-from ..gan import History, Task
+from ..gan import History, Task, patience
 
 # %% ../../nbs/15_detect.cnn.ipynb #b6d1cd97
 def standardise(
@@ -368,20 +368,6 @@ class DetectorTask(Task):
         accuracy = lambda p: float(((p > .5) == label).float().mean())
         return {"val_windows": accuracy(by_window), "val_dense": accuracy(by_dense)}
 
-# %% ../../nbs/15_detect.cnn.ipynb #5561230e
-def no_gain(
-    name: str, # A measured name in the history, larger is better
-    patience: int = 3, # Looks without gain before stopping; paper 3
-    least: float = 1e-3, # What counts as gain; published program 0.001
-) -> Callable[[History], bool]: # For `fit(stop=...)`
-    "Early stopping: has `name` failed to rise by more than `least` for `patience` looks?"
-    def stop(history: History) -> bool:
-        best, since = -np.inf, 0
-        for value in history[name]:
-            best, since = (value, 0) if value > best + least else (best, since + 1)
-        return since >= patience
-    return stop
-
 # %% ../../nbs/15_detect.cnn.ipynb #fd25d7a5
 @torch.no_grad()
 def settle(
@@ -425,5 +411,5 @@ def train_detector(
     task = DetectorTask(net, config, validation)
     history = fit(task, lambda step, generator: draw_batch(patches, config, generator), config.steps, seed=seed, out=out, checkpoint_every=config.steps // 5, log_every=max(1, min(10, config.steps // 40)),
                   validate_every=config.validate_every if validation is not None else 0, callbacks=callbacks, desc="train detector", progress=show_progress,
-                  stop=no_gain("val_windows", config.patience) if validation is not None else None)
+                  stop=patience("val_windows", config.patience, 1e-3, "max") if validation is not None else None)
     return settle(net, lambda i: draw_batch(patches, config, torch_rng(seed, "settle", i))), history
