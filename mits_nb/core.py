@@ -161,6 +161,15 @@ def _writable_parent(
     return path.parent
 
 # %% ../nbs/00_core.ipynb #1a9f302f
+def _usual_mode(
+    path: Path, # A file that is not there
+) -> int: # Permission bits
+    "The permissions that a new file gets here (the process's umask). Some writers, safetensors among them, leave files that only their owner can read."
+    path.touch(exist_ok=False)
+    try: return path.stat().st_mode & 0o777
+    finally: path.unlink()
+
+# %% ../nbs/00_core.ipynb #28e5bead
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path, # Where the file shall be
@@ -171,15 +180,17 @@ def atomic_write(
     # the whole name goes last, so that double suffixes such as .nii.gz keep their meaning for writers that look at them
     temporary = parent / f".tmp-{os.getpid()}-{os.urandom(4).hex()}-{path.name}"
     try:
+        mode = _usual_mode(temporary)
         yield temporary
         with open(temporary, "rb+") as file: os.fsync(file.fileno())
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; check free space and permissions") from error
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #28e5bead
+# %% ../nbs/00_core.ipynb #34d2955f
 @contextlib.contextmanager
 def atomic_dir(
     path: str | Path, # Where the folder shall be
@@ -193,7 +204,10 @@ def atomic_dir(
     old = temporary.with_name(temporary.name + "-old")
     try:
         temporary.mkdir()
+        mode = _usual_mode(temporary / "probe")
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file(): file.chmod(mode)
         if path.exists(): os.replace(path, old)
         os.replace(temporary, path)
     except OSError as error:

@@ -132,3 +132,16 @@ def test_torchvision_imports():
     code = "from mits_nb.core import import_torchvision; tv = import_torchvision(); tv.models.squeezenet1_1(); print('fine')"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "fine", result.stderr
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    "safetensors leaves 0600, which nobody but the owner can read: not what one wants in a shared folder."
+    def shy(path):
+        path.write_text("x")
+        path.chmod(0o600)
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    with core.atomic_write(tmp_path / "a.txt") as temporary: shy(temporary)
+    with core.atomic_dir(tmp_path / "d") as folder: shy(folder / "b.txt")
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "d" / "b.txt").stat().st_mode == usual
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.txt", "b.txt", "d", "plain"]
