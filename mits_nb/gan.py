@@ -337,9 +337,12 @@ def save_checkpoint(
     seed: int, # Seed of the training
     keep: int = 2, # How many checkpoints stay
 ) -> Path: # The new checkpoint
-    "Write everything that the rest of a training depends on: `tensors.safetensors` and `state.json`, whole or not at all. Raises `OutputError`."
+    "Write everything that the rest of a training depends on: `tensors.safetensors` and `state.json`, whole or not at all. Raises `OutputError`, and `TrainError` for weights that are not finite: earlier checkpoints stay."
     from safetensors.torch import save
     tensors, plain = _flatten(task)
+    # a loss is computed before the update that ruins the weights: without this, the last checkpoint could be one that nobody can go on from
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all(): raise TrainError(f"{name} is not finite after step {step}: lower the learning rate, or train in float32")
     data = save(tensors)
     folder = Path(out) / "checkpoints" / f"step-{step:08d}"
     with atomic_dir(folder) as temporary:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'LUNG', 'SOFT', 'MARKER_BLOCK', 'RLE', 'MOST_PACKED', 'CT_IMAGE', 'MULTI_FRAME', 'MACROS', 'AIR', 'SUFFIXES',
            'window', 'show_slices', 'Source', 'Scan', 'voxel_to_world', 'world_to_voxel', 'with_hu', 'sidecar_path',
-           'read_scan', 'list_series', 'marker_text', 'write_scan', 'resample', 'resample_tensor']
+           'read_scan', 'list_series', 'marker_text', 'check_writable', 'write_scan', 'resample', 'resample_tensor']
 
 # %% ../nbs/01_scan.ipynb #d99b11ba
 import contextlib, functools, gzip, hashlib, io, json, logging, lzma, math, mmap, os, re, shutil, struct, subprocess, sys, tempfile, threading, warnings, zipfile, zlib
@@ -1138,7 +1138,10 @@ def marker_text(
         what = ", ".join(f"{note.get('action', 'change')} at voxel {tuple(np.ravel(note.get('at', ())).tolist())}" for note in forged)
         words.append(f"TEACHING FORGERY (mits_nb), not for diagnosis: {what}")
     for note in scan.history:
-        if note.get("kind") == "protected": words.append(f"PROTECTED (mits_nb), not for diagnosis: values changed by {note.get('by', 'a protector')}")
+        if note.get("kind") != "protected": continue
+        strength = note.get("strength_hu", note.get("largest_hu"))  # the bound that a protector promises, or where there is none the largest change that it made
+        words.append(f"PROTECTED (mits_nb), not for diagnosis: by {note.get('by', 'a protector')}"
+                     + (f", up to {strength:g} HU" if isinstance(strength, (int, float)) else "") + (f", seed {note['seed']}" if "seed" in note else ""))
     words.sort(key=lambda text: "TEACHING FORGERY" not in text)  # short fields cut the end off: the forgery comes first
     words = list(dict.fromkeys(part for text in words for part in text.split(" | ")))
     return " | ".join(w for w in words if not any(o != w and o.startswith(w) for o in words)) or None  # a field that was cut off repeats the start of another
@@ -1223,11 +1226,15 @@ def _stamp(
     header.add_new(header.private_block(*MARKER_BLOCK, create=True).get_tag(0x01), "LT", text[:10240])
 
 # %% ../nbs/01_scan.ipynb #393fc089
-def _check_target(
+def check_writable(
     scan: Scan, # What is to be written
-    folder: Path, # Where
+    path: str | Path, # Where, as for `write_scan`
 ) -> None:
-    "Never write over the series that was read, nor over a folder with anything but DICOM files in it. Raises `OutputError`."
+    "Never write over the series that was read, nor over a folder with anything but DICOM files in it, nor under a foreign suffix. Raises `OutputError`."
+    folder = Path(path)
+    if _suffix(folder): return
+    if folder.suffix.lower() in (".dcm", ".ima", ".zip", ".gz", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".npz", ".raw", ".hdr", ".img"):
+        raise OutputError(f"{folder} has a suffix that no scan is written to: use {', '.join(SUFFIXES)}, or a folder name for a DICOM series")
     if not folder.exists(): return
     if not folder.is_dir(): raise OutputError(f"{folder} is a file: choose a folder for the DICOM series")
     if scan.source and scan.source.kind == "dicom" and Path(scan.source.path).resolve() == folder.resolve():
@@ -1274,7 +1281,6 @@ def _write_dicom(
 ) -> None:
     "Write a DICOM series: into the headers it came from, or as a new one. Raises `ScanError`, `OutputError`."
     import copy
-    _check_target(scan, folder)
     if scan.shape[0] < 2: raise ScanError(f"a DICOM series needs at least 2 slices to be read back, this scan has {scan.shape[0]}: write a .mha file instead")
     digests = tuple(map(_digest, scan.hu))
     text = marker_text(scan)
@@ -1340,9 +1346,8 @@ def write_scan(
 ) -> Path: # The file or folder
     "Write a scan atomically; forged and protected ones are marked in the header, always, and a side-car says what was forged. Raises `ScanError`, `OutputError`."
     path = Path(path)
+    check_writable(scan, path)
     if _suffix(path): _write_image(scan, path)
-    elif path.suffix.lower() in (".dcm", ".ima", ".zip", ".gz", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".npz", ".raw", ".hdr", ".img"):
-        raise OutputError(f"{path} has a suffix that no scan is written to: use {', '.join(SUFFIXES)}, or a folder name for a DICOM series")
     else:
         with _quiet(): _write_dicom(scan, path)
     _write_sidecar(scan, path)

@@ -564,6 +564,16 @@ def test_batches_may_be_nested():
     fit(Nested(), lambda step, rng: {"pair": (step, batches(step, rng))}, 2, compute=FP32)
 
 
+def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path):
+    class Spoilt(Toy):
+        def update(self, x, backward):
+            losses = super().update(x, backward)
+            if self.step == 5: next(self.networks["g"].parameters()).data[0] = float("inf")  # after the loss was computed, as a bad update does it
+            return losses
+    with pytest.raises(TrainError, match="not finite after step 6"): fit(Spoilt(), batches, 20, out=tmp_path, checkpoint_every=3, compute=FP32)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000003"]
+
+
 def test_loss_that_is_not_finite(tmp_path):
     class Bad(Toy):
         def update(self, x, backward): return super().update(x, backward) | ({"g": torch.tensor(float("nan"))} if self.step == 7 else {})

@@ -8,9 +8,10 @@ import torch
 
 from mits_nb.attack.nets import n_trainable
 from mits_nb.attack.tamper import Equalizer, Tampering, tamper_tensor
-from mits_nb.core import TrainError, UsageError, WeightsError, torch_rng
-from mits_nb.protect.mitsgan import (MitsGAN, MitsganConfig, NoiseNet, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, cuboid_crop,
-                                     evaluate_protection, finish_slices, is_protected, lung_weight, middle_box, round_through, search_wave,
+from mits_nb.core import ScanError, TrainError, UsageError, WeightsError, pick_compute, torch_rng
+from mits_nb.gan import checkpoints, read_checkpoint
+from mits_nb.protect.mitsgan import (MitsGAN, MitsganConfig, NoiseNet, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, check_hu, cuboid_crop,
+                                     evaluate_protection, finish_slices, folded, is_protected, lung_doubts, lung_weight, middle_box, round_through, search_wave,
                                      summarise_protection, train_mitsgan)
 
 
@@ -72,7 +73,7 @@ def test_bad_settings_are_named(wrong):
         with pytest.raises(UsageError, match="theirs"): ProtectorDiscriminator(1, **wrong)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (50, 47), (33, 4)])
+@pytest.mark.parametrize("size", [(64, 64), (50, 47), (33, 4), (1, 1), (3, 5), (1, 65)])
 def test_ours_is_bounded_for_any_size(protector, size):
     hu = -800 + 200 * torch.randn(2, 1, *size, generator=torch_rng(0))
     with torch.no_grad(): out = protector(hu, torch.randn(2, 1, *size, generator=torch_rng(1)), (0.7, 0.7))
@@ -128,7 +129,113 @@ def test_protect_leaves_padding_and_works_on_odd_and_float_scans(protector, phan
 def test_published_variants_protect_too(variant, phantom):
     scan = phantom[0]
     out = MitsGAN(Protector(4, variant)).protect(replace(scan, hu=scan.hu[:2]))
-    assert out.hu.shape == (2, *scan.shape[1:]) and "strength_hu" not in out.history[-1]
+    assert out.hu.shape == (2, *scan.shape[1:]) and "strength_hu" not in out.history[-1]  # they promise no bound
+    assert out.history[-1]["largest_hu"] == np.abs(out.hu.astype(int) - scan.hu[:2]).max()
+
+
+VARIANTS = ("paper", "released", "ours")
+
+
+def trained(variant, width=8):
+    "A network as after training: batch norms that have seen data, an answer that depends on the slice."
+    torch.manual_seed(0)
+    net = Protector(width, variant, blocks=1).eval()
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            for values, low, high in ((m.running_mean, -.3, .3), (m.running_var, .5, 2.), (m.weight.data, .5, 1.5), (m.bias.data, -.3, .3)): values.uniform_(low, high)
+    torch.nn.init.normal_(net.body[-2].weight, std=0.05)
+    return net
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_folding_changes_the_cost_and_not_the_answer(variant):
+    net = trained(variant)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    hu, noise = -700 + 300 * torch.randn(2, 1, 45, 38, generator=torch_rng(0)), torch.randn(2, 1, 45, 38, generator=torch_rng(1))
+    ends, phase = (-1024.0, 500.0), torch.tensor([.2, .7])
+    with torch.no_grad():
+        plain, quick = (f(hu, noise, (.7, .7), phase, ends) for f in (net, folded(net)))
+        half = folded(net, torch.bfloat16)(hu, noise, (.7, .7), phase, ends)
+    assert (plain - quick).abs().max() < 0.02 and (finish_slices(plain, hu) - finish_slices(quick, hu)).abs().max() <= 1
+    assert half.dtype == torch.float32 and half.shape == hu.shape
+    if variant == "ours": assert (finish_slices(half, hu) - finish_slices(plain, hu)).abs().max() <= 1
+    else:  # the whole slice comes out of bf16 layers: closer to the truth than the network as it is under autocast
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): auto = net(hu, noise, (.7, .7), phase, ends)
+        assert (half - plain).square().mean() < (auto - plain).square().mean()
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded(net).modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(getattr(m, "inplace", False) for m in net.modules()), "the trained network stays as it was"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_texture_serves_all_slices(variant):
+    net = trained(variant)
+    hu, noise, phase = -700 + 300 * torch.randn(3, 1, 20, 24, generator=torch_rng(0)), torch.randn(1, 1, 20, 24, generator=torch_rng(1)), torch.tensor([.3])
+    with torch.no_grad():
+        one = net.paint(hu, net.texture(noise, (.7, .9), phase), (-2000.0, 500.0))
+        each = net(hu, noise.expand(3, -1, -1, -1), (.7, .9), phase.expand(3), (-2000.0, 500.0))
+    assert torch.allclose(one, each, atol=1e-3)
+
+
+def test_a_block_adds_its_input_and_gradients_know_it():
+    block = trained("released").body[2].train()
+    x = torch.randn(2, 8, 9, 9, generator=torch_rng(0), requires_grad=True)
+    out = block(x)
+    assert torch.equal(out, x + block.body(x)) or torch.allclose(out, x + block.body(x), atol=1e-6)
+    slope, = torch.autograd.grad(out.sum(), x)
+    expected, = torch.autograd.grad((x + block.body(x)).sum(), x)
+    assert torch.allclose(slope, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", [(1, 1), (47, 50), (3, 129)])
+def test_protect_takes_slices_of_any_size(variant, size, phantom):
+    hu = np.resize(phantom[0].hu[10], (2, *size)).astype(np.int16)
+    hu[0, 0, 0] = -900
+    out = MitsGAN(trained(variant)).protect(replace(phantom[0], hu=hu))
+    assert out.hu.shape == hu.shape and out.hu.dtype == np.int16
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("value", [-1024, -850, -2048])
+def test_constant_scans(variant, value, phantom):
+    flat = np.full((2, 40, 40), value, np.int16)
+    out = MitsGAN(trained(variant)).protect(replace(phantom[0], hu=flat))
+    if variant != "ours" or value == -2048: assert np.array_equal(out.hu, flat)  # no range to scale by; padding
+    else: assert np.abs(out.hu.astype(int) - value).max() <= 30 and (value == -1024 or (out.hu != value).any())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_constant_and_saturated_slices_inside_a_scan(variant, phantom):
+    hu = phantom[0].hu[8:12].copy()
+    hu[0], hu[1], hu[2, :80] = -1024, 3071, 32767  # empty slice, scanner's ceiling, metal in an extended scale
+    out = MitsGAN(trained(variant)).protect(replace(phantom[0], hu=hu))
+    assert out.hu[:2].min() >= -1024 and out.hu[:2].max() <= 3071, "12-bit values stay 12-bit values"
+    assert out.hu.max() <= 32767 and out.hu[2, :80].min() > 0, "no wrap-around of int16"
+
+
+@pytest.mark.parametrize("values, word", [(np.uint8, "8-bit"), ("unsigned", "0 to 4095"), ("unit", "-1 to 1"), ("nan", "NaN")])
+def test_what_is_no_ct_is_refused(values, word, protector, phantom):
+    hu = phantom[0].hu[:2].astype(np.float32)
+    hu = {np.uint8: (hu + 1350).clip(0, 255), "unsigned": np.linspace(0, 4095, hu.size).reshape(hu.shape), "unit": np.linspace(-1, 1, hu.size).reshape(hu.shape),
+          "nan": np.where(hu > 0, np.nan, hu)}[values].astype(np.float32)
+    with pytest.raises(ScanError, match=word): MitsGAN(protector).protect(replace(phantom[0], hu=hu))
+    with pytest.raises(ScanError): check_hu(replace(phantom[0], hu=hu))
+
+
+def test_a_scan_without_lung_is_protected_with_a_warning(protector, phantom, caplog):
+    assert lung_doubts(phantom[0]) == []
+    empty = replace(phantom[0], hu=np.full((3, 60, 60), -1000, np.int16))
+    with caplog.at_level("WARNING", "mits_nb"): MitsGAN(protector).protect(phantom[0])
+    assert not caplog.records
+    with caplog.at_level("WARNING", "mits_nb"): MitsGAN(protector).protect(empty)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "no lung" in caplog.text
+
+
+def test_device_and_precision_can_be_chosen(protector, phantom):
+    scan = replace(phantom[0], hu=phantom[0].hu[:2])
+    exact, half = (MitsGAN(protector).protect(scan, compute=pick_compute("cpu", precision)).hu.astype(int) for precision in ("fp32", "bf16"))
+    assert np.abs(exact - half).max() <= 1 and next(protector.parameters()).dtype == torch.float32
 
 
 def test_protecting_twice_is_refused_unless_asked(protector, phantom):
@@ -222,6 +329,27 @@ def test_training_writes_weights_that_load_and_repeats_itself(variant, phantom, 
     loaded = MitsGAN.from_pretrained(tmp_path / "a")
     assert len(loaded.history) and "| steps | 2 |" in (tmp_path / "a" / "card.md").read_text()
     assert np.array_equal(loaded.protect(phantom[0]).hu, first.protect(phantom[0]).hu)
+
+
+class Faint(ToyAttacker):
+    "An attacker whose forgeries turn into NaN after some calls."
+    calls = 0
+
+    def tamper_tensor(self, hu, *args, **kwargs):
+        self.calls += torch.is_grad_enabled()
+        return super().tamper_tensor(hu, *args, **kwargs) * (float("nan") if self.calls > 6 else 1)
+
+
+def test_training_stops_at_nan_and_keeps_the_last_good_checkpoint(phantom, tmp_path):
+    settings = {**SHORT, "steps": 6}
+    with pytest.raises(TrainError, match=r"nan after step 4: lower the learning rate"):
+        train_mitsgan("tiny", tmp_path / "w", Faint(), data=[phantom[0]], checkpoint_every=1, **settings)
+    kept = checkpoints(tmp_path / "w-training")
+    assert [p.name for p in kept] == ["step-00000002", "step-00000003"] and not (tmp_path / "w").exists()
+    tensors, state = read_checkpoint(kept[-1])
+    assert state["step"] == 3 and all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
+    train_mitsgan("tiny", tmp_path / "w", ToyAttacker(), data=[phantom[0]], checkpoint_every=1, **settings)  # goes on from there
+    assert len(MitsGAN.from_pretrained(tmp_path / "w").history) and not (tmp_path / "w-training").exists()
 
 
 def test_training_without_scans_or_with_unknown_settings_says_so():

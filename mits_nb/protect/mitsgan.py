@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['NoiseNet', 'ResidualBlock', 'round_through', 'published_body', 'residual_body', 'Pattern', 'lung_weight', 'Protector',
            'finish_slices', 'ProtectorDiscriminator', 'MitsganConfig', 'cuboid_crop', 'PlaceBatches', 'draw_noise',
-           'ProtectTask', 'search_wave', 'middle_box', 'MitsGAN', 'is_protected', 'training_scans', 'train_mitsgan',
-           'evaluate_protection', 'summarise_protection']
+           'ProtectTask', 'search_wave', 'middle_box', 'Cast', 'folded', 'check_hu', 'lung_doubts', 'MitsGAN',
+           'is_protected', 'training_scans', 'train_mitsgan', 'evaluate_protection', 'summarise_protection']
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #7019d74e
-import logging, math, time
+import copy, logging, math, shutil, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..attack.ctgan import CtganConfig, training_sources
 from ..attack.nets import HubNet, n_trainable
-from ..core import TrainError, UsageError, atomic_dir, from_preset, pick_compute, progress, torch_rng, weights_path
+from ..core import Compute, ScanError, TrainError, UsageError, atomic_dir, from_preset, pick_compute, progress, torch_rng, weights_path
 from ..gan import History, Task, fit, own_random_state
 from .losses import domain_loss, fooling_loss, forgery_damage
 
@@ -53,7 +55,7 @@ class ResidualBlock(nn.Module):
         self.body = nn.Sequential(conv(), bn(), nn.ReLU(), conv(), bn())
         self.after = nn.ReLU() if relu_after else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor: return self.after(x + self.body(x))
+    def forward(self, x: Tensor) -> Tensor: return self.after(self.body(x).add_(x))  # in place: no layer needs what its last one returned
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #ff1565dc
 def round_through(
@@ -147,20 +149,39 @@ class Protector(HubNet):
         phase: Tensor | None = None, # (B,) of the pattern, 0 to 1 ("ours"); None for zero
         value_range: tuple[float, float] | None = None, # HU that map to -1 and 1 ("paper", "released"); None takes those of `hu`
     ) -> Tensor: # Protected slices (B, 1, H, W) in HU, not yet rounded
-        if self.variant != "ours": return self._published(hu, noise, value_range or (float(hu.amin()), float(hu.amax())))
+        return self.paint(hu, self.texture(noise, spacing, phase), value_range)
+
+    def texture(
+        self,
+        noise: Tensor, # (B, 1, H, W)
+        spacing: tuple[float, float] = (1.0, 1.0), # (y, x) mm ("ours")
+        phase: Tensor | None = None, # (B,) of the pattern, 0 to 1 ("ours"); None for zero
+    ) -> Tensor: # (B, 1, H, W) N(noise), or for "ours" (B, 2, H, W) noise and pattern
+        "What the network is given besides the slice. It knows nothing of the slice, so one serves a whole scan."
+        if self.variant != "ours": return self.noise_net(noise)
+        return torch.cat([noise, self.pattern(noise.shape[-2:], spacing, noise.new_zeros(len(noise)) if phase is None else phase).to(noise.dtype)], 1)
+
+    def paint(
+        self,
+        hu: Tensor, # Slices (B, 1, H, W) in HU, any H and W
+        texture: Tensor, # From `texture`: one for each slice, or one for all
+        value_range: tuple[float, float] | None = None, # As in `forward`
+    ) -> Tensor: # Protected slices (B, 1, H, W) in HU, not yet rounded
+        "Protect slices with a texture that is there already."
+        texture = texture.expand(len(hu), -1, -1, -1)
+        if self.variant != "ours": return self._published(hu, texture, value_range or (float(hu.amin()), float(hu.amax())))
         height, width = hu.shape[-2:]
-        pattern = self.pattern((height, width), spacing, hu.new_zeros(len(hu)) if phase is None else phase)
-        x = ((hu + 600) / 750).clamp(-1.5, 1.5)  # the lung window fills [-1, 1]
-        inputs = F.pad(torch.cat([x, noise, pattern.to(x.dtype)], 1), (0, -width % 4, 0, -height % 4), mode="replicate")
-        change = torch.tanh(self.gain * pattern + self.body(inputs)[..., :height, :width].float())
+        inputs = torch.cat([((hu + 600) / 750).clamp(-1.5, 1.5), texture], 1)  # the lung window fills [-1, 1]
+        if height % 4 or width % 4: inputs = F.pad(inputs, (0, -width % 4, 0, -height % 4), mode="replicate")
+        change = torch.tanh(self.gain * texture[:, 1:] + self.body(inputs)[..., :height, :width].float())
         return hu + (self.strength_hu * lung_weight(hu) * change).to(hu.dtype)
 
-    def _published(self, hu: Tensor, noise: Tensor, value_range: tuple[float, float]) -> Tensor:
+    def _published(self, hu: Tensor, texture: Tensor, value_range: tuple[float, float]) -> Tensor:
         "Scale to [-1, 1], concatenate N(noise), replace the slice by the network's answer, scale back."
         low, high = value_range
         if high <= low: return hu  # a constant slice has no range to scale by, and nothing to protect
         x = (hu - low) / (high - low) * 2 - 1
-        return (self.body(torch.cat([self.noise_net(noise), x], 1)).to(hu.dtype) + 1) / 2 * (high - low) + low
+        return (self.body(torch.cat([texture, x], 1)).to(hu.dtype) + 1) / 2 * (high - low) + low
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #0043a75d
 def finish_slices(
@@ -392,6 +413,55 @@ def middle_box(
         box.append(slice(max(0, low), min(n, low + 2 * h + (axis == 0))))
     return tuple(box)
 
+# %% ../../nbs/11_protect.mitsgan.ipynb #51873eb4
+class Cast(nn.Module):
+    "A layer that only changes the number format."
+    def __init__(
+        self,
+        dtype: torch.dtype, # Of what it returns
+    ):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor: return x.to(self.dtype)
+
+# %% ../../nbs/11_protect.mitsgan.ipynb #17867add
+def folded(
+    net: Protector, # Trained; it is not changed
+    dtype: torch.dtype = torch.float32, # Format of all convolutions but the last
+) -> Protector: # A copy for inference only, channels last
+    "The same function, cheaper: batch norms inside the convolutions (Eq. 3), activations in place, bfloat16 where it does no harm."
+    net = copy.deepcopy(net).eval().requires_grad_(False)
+    for layers in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
+        for i in range(len(layers) - 1):
+            if isinstance(layers[i], nn.Conv2d) and isinstance(layers[i + 1], nn.BatchNorm2d): layers[i], layers[i + 1] = fuse_conv_bn_eval(layers[i], layers[i + 1]), nn.Identity()
+    for layer in net.modules():
+        if isinstance(layer, nn.ReLU): layer.inplace = True
+    if dtype != torch.float32:
+        *most, last, end = net.body
+        net.body = nn.Sequential(Cast(dtype), *(layer.to(dtype) for layer in most), Cast(torch.float32), last, end)
+    return net.to(memory_format=torch.channels_last)
+
+# %% ../../nbs/11_protect.mitsgan.ipynb #6f41d13d
+def check_hu(
+    scan: "Scan", # Any scan
+) -> None:
+    "Raise `ScanError` for values that are not those of a CT with air in or around the body: NaN, 8-bit pictures, other modalities."
+    low, high = float(scan.hu.min()), float(scan.hu.max())
+    if not (math.isfinite(low) and math.isfinite(high)): raise ScanError("the scan holds NaN or infinity: mend the step that made them before protecting it")
+    if low > -200: raise ScanError(f"the scan's values run from {low:g} to {high:g}, none below -200 HU as in lung or air: this is an 8-bit picture, a series without rescaling or no CT; use the CT in HU")
+
+# %% ../../nbs/11_protect.mitsgan.ipynb #83dc3026
+def lung_doubts(
+    scan: "Scan", # A CT in HU
+    slices: int = 8, # How many are looked at
+) -> list[str]: # One sentence where no lung is found, else none
+    "For warnings: does the scan hold a lung, judged by a few of its slices?"
+    from mits_nb.data import lung_mask
+    step = -(-len(scan.hu) // slices)
+    thin = SimpleNamespace(hu=scan.hu[step // 2::step], spacing=(scan.spacing[0] * step, *scan.spacing[1:]))
+    return [] if lung_mask(thin).any() else ["no lung was found in this scan: the protector was trained on lungs, elsewhere its change is weak and nobody measured what it is worth"]
+
 # %% ../../nbs/11_protect.mitsgan.ipynb #c2a43908
 class MitsGAN:
     "A trained protector, ready for scans."
@@ -441,23 +511,27 @@ class MitsGAN:
         seed: int = 0, # Seed of the noise: same seed, same protected scan
         again: bool = False, # Protect a scan that is protected already?
         batch: int = 4, # Slices at a time; bounds the memory, does not change the result
+        compute: Compute | None = None, # Device and precision; None for `pick_compute()`
     ) -> "Scan": # Same shape and dtype, whole HU, padding untouched
-        "Protect every slice. Raises `UsageError` for a scan that carries a protection already, unless `again`."
+        "Protect every slice; a scan without lung is protected with a warning. Raises `ScanError` for values that are no HU, `UsageError` for a scan that carries a protection already, unless `again`."
         if not again and is_protected(scan):
             raise UsageError("this scan is protected already: protecting twice adds change without adding safety; pass again=True if you mean it")
-        compute, net, random = pick_compute(), self.protector.eval(), torch_rng(seed, "protect")
-        net.to(compute.device, memory_format=torch.channels_last)
-        noise = draw_noise((1, 1, *scan.shape[1:]), net.noise, random).to(compute.device)  # one image for all slices
-        phase = torch.rand(1, generator=random).to(compute.device)
+        check_hu(scan)
+        for doubt in lung_doubts(scan): log.warning(doubt)
+        compute, random = compute or pick_compute(), torch_rng(seed, "protect")
+        net = folded(self.protector, compute.dtype).to(compute.device)
+        noise = draw_noise((1, 1, *scan.shape[1:]), net.noise, random)  # one image for all slices
+        phase = torch.rand(1, generator=random)
         spacing, ends = tuple(float(s) for s in scan.spacing[1:]), (float(max(scan.hu.min(), -1024)), float(scan.hu.max()))
-        out = np.empty_like(scan.hu)
-        with torch.inference_mode(), compute.autocast():
+        out, largest = np.empty_like(scan.hu), 0.0
+        with torch.inference_mode():
+            texture = net.texture(noise.to(compute.device), spacing, phase.to(compute.device))
             for first in progress(range(0, len(out), batch), "protecting"):
                 hu = torch.from_numpy(scan.hu[first:first + batch].astype(np.float32))[:, None].to(compute.device)
-                n = len(hu)
-                slices = net(hu.clamp(min=-1024.0), noise.expand(n, -1, -1, -1), spacing, phase.expand(n), ends)
-                out[first:first + n] = finish_slices(slices.float(), hu)[:, 0].cpu().numpy().astype(out.dtype)
-        strength = {"strength_hu": self.protector.strength_hu} if self.protector.variant == "ours" else {}
+                slices = finish_slices(net.paint(hu.clamp(min=-1024.0), texture, ends).float(), hu)
+                largest = max(largest, (slices - hu).abs().max().item())
+                out[first:first + len(hu)] = slices[:, 0].cpu().numpy().astype(out.dtype)
+        strength = {"strength_hu": self.protector.strength_hu} if self.protector.variant == "ours" else {"largest_hu": largest}
         return scan.with_hu(out, {"kind": "protected", "by": self.name, "seed": int(seed), **strength})
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #14557909
@@ -503,6 +577,7 @@ def train_mitsgan(
     if out is not None:
         log.info("trained the protector in %.0f s", time.perf_counter() - started)
         mitsgan.save_pretrained(out, _card(config, len(batches.scans), seed, card))
+        shutil.rmtree(work)  # a later training must not take a finished one up again
     return mitsgan
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #8f2de66b
