@@ -298,12 +298,31 @@ def test_an_update_moves_both_networks_and_never_the_attacker(phantom):
     assert all(torch.isfinite(torch.as_tensor(v)) for v in losses.values())
 
 
+def test_each_place_meets_a_cleaning_and_an_attacker_of_its_own(phantom):
+    seen = []
+    class Spy(ToyAttacker):
+        def tamper_tensor(self, hu, at, spacing, action, noise=None):
+            seen.append((self, hu.detach()))
+            return super().tamper_tensor(hu, at, spacing, action)
+    config = MitsganConfig(**SHORT, cleanings=("noise",), untouched=0.0)
+    attackers = [Spy(), Spy()]
+    task = ProtectTask(Protector(8, blocks=1), ProtectorDiscriminator(4, "ours"), attackers, config)
+    batch = PlaceBatches([phantom[0]], config)(0, torch_rng(0))
+    batch["draw"] = torch.tensor([4, 7])
+    hu = batch["hu"].clone().requires_grad_(True)
+    damage, lost = task.damage(batch, hu)
+    assert [who for who, _ in seen] == [attackers[0]] * 2 + [attackers[1]] * 2  # draws 4 and 7; goal and forgery meet the same one
+    assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][1], batch["hu"][0])  # the same noise, and there is some
+    assert all(v == 0 for v in lost.values()) and torch.autograd.grad(damage, hu)[0].any()  # nothing was protected, so nothing is lost
+    with pytest.raises(UsageError, match="bleach"): ProtectTask(task.networks["protector"], task.networks["discriminator"], attackers, MitsganConfig(**SHORT, cleanings=("bleach",), untouched=0.0)).damage(batch, hu)
+
+
 def test_the_gradient_passes_through_the_attacker(phantom):
     attacker, config = ToyAttacker(), MitsganConfig(**SHORT)
     task = ProtectTask(Protector(8, blocks=1), ProtectorDiscriminator(4, "ours"), attacker, config)
     batch = PlaceBatches([phantom[0]], config)(0, torch_rng(0))
     protected = task.protect(batch).detach().requires_grad_(True)
-    damage, _ = task.damage(batch["hu"], protected, batch["at"], tuple(batch["spacing"].tolist()), 0)
+    damage, _ = task.damage(batch, protected)
     slope, = torch.autograd.grad(damage, protected)
     boxes = torch.zeros(protected.shape, dtype=torch.bool)
     for i, at in enumerate(batch["at"].tolist()): boxes[(i, *middle_box(at, tuple(batch["spacing"].tolist()), protected.shape[1:]))] = True

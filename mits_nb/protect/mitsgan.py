@@ -25,7 +25,7 @@ from ..attack.ctgan import CtganConfig, training_sources
 from ..attack.nets import HubNet, n_trainable
 from ..core import Compute, ScanError, TrainError, UsageError, atomic_dir, from_preset, pick_compute, progress, torch_rng, weights_path
 from ..gan import History, Task, fit, own_random_state
-from .losses import domain_loss, fooling_loss, forgery_damage
+from .losses import CLEANINGS, domain_loss, fooling_loss, forgery_damage, random_cleaning
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #efccf934
 log = logging.getLogger("mits_nb")
@@ -237,8 +237,11 @@ class MitsganConfig:
     betas: tuple[float, float] = (0.5, 0.999) # Adam (paper: the same)
     phantoms: int = 2 # Phantoms in the training set
     places_per_scan: int = 200 # Lung places drawn from each scan
+    cleanings: tuple[str, ...] = () # Of chapter 10: what an attacker may do to the scan first, drawn anew for each place (paper: nothing)
+    untouched: float = 0.25 # How often nothing is done, where there are cleanings
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {},
+        "robust": dict(cleanings=tuple(CLEANINGS), periods_mm=(4.0, 5.0, 6.0, 8.0, 10.0)),
         "full": dict(width=64, blocks=6, steps=40_000, lr=2e-4, places=16, phantoms=0, places_per_scan=2000),
     }
 
@@ -292,7 +295,8 @@ class PlaceBatches:
                 "phase": torch.rand(c.places, generator=random), # (K,)
                 "at": torch.stack(at), # (K, 3) in the crop
                 "spacing": torch.tensor([float(s) for s in scan.spacing], dtype=torch.float64), # (3,) mm
-                "first": torch.tensor(step % 2)} # even steps begin with an injection, odd ones with a removal; then they take turns
+                "first": torch.tensor(step % 2), # even steps begin with an injection, odd ones with a removal; then they take turns
+                "draw": torch.randint(2 ** 31, (c.places,), generator=random)} # chooses each place's attacker and cleaning
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #b9f21ffa
 def draw_noise(
@@ -312,11 +316,12 @@ class ProtectTask(Task):
         self,
         protector: Protector, # G
         discriminator: ProtectorDiscriminator, # D
-        attacker: Any, # Has `tamper_tensor(hu, at, spacing, action)`, differentiable
+        attacker: Any, # Has `tamper_tensor(hu, at, spacing, action)`, differentiable; or a list of such
         config: MitsganConfig, # Weights and rates
     ):
         adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr=lr, betas=config.betas)
-        frozen = {name: net for name in ("injector", "remover") if isinstance(net := getattr(attacker, name, None), nn.Module)}
+        self.attackers = attacker if isinstance(attacker, (list, tuple)) else [attacker]
+        frozen = {f"{name} {i}": net for i, a in enumerate(self.attackers) for name in ("injector", "remover") if isinstance(net := getattr(a, name, None), nn.Module)}
         for net in frozen.values(): net.requires_grad_(False).eval()
         optimizers = {"protector": adam(protector, config.lr), "discriminator": adam(discriminator, config.d_lr)}
         if protector.variant == "ours":
@@ -324,7 +329,7 @@ class ProtectTask(Task):
             optimizers["protector"] = torch.optim.Adam([{"params": rest, "lr": config.lr}, {"params": [protector.pattern.wave], "lr": config.wave_lr}], betas=config.betas)
         self.rates = [group["lr"] for group in optimizers["protector"].param_groups]
         super().__init__({"protector": protector, "discriminator": discriminator}, optimizers, frozen)
-        self.attacker, self.config = attacker, config
+        self.config = config
 
     def protect(self, batch: dict) -> Tensor:
         "Crops (K, z, y, x) -> protected crops, whole HU."
@@ -342,25 +347,34 @@ class ProtectTask(Task):
         self.optimizers["discriminator"].zero_grad(); backward(loss); self.optimizers["discriminator"].step()
         return loss.detach()
 
-    def damage(self, hu: Tensor, protected: Tensor, at: Tensor, spacing: tuple, first: int) -> tuple[Tensor, dict]:
-        "Mean damage in dB that the protection does to the forgeries; the gradient passes through the attacker. And the loss of PSNR per action."
+    def attack(self, batch: dict, i: int, hu: Tensor) -> Tensor:
+        "What the attacker of place i makes of a crop (z, y, x): it cleans, perhaps, and forges. The same draw whatever the crop holds."
+        c, spacing, draw = self.config, tuple(batch["spacing"].tolist()), int(batch["draw"][i])
+        if c.cleanings: hu = random_cleaning(hu, spacing, torch_rng(draw, "cleaning"), c.cleanings, c.untouched)
+        return self.attackers[draw % len(self.attackers)].tamper_tensor(hu, tuple(batch["at"][i].tolist()), spacing, self.action(batch, i))
+
+    def action(self, batch: dict, i: int) -> str:
+        "Injections and removals take turns."
+        return self.actions[(int(batch["first"]) + i) % 2]
+
+    def damage(self, batch: dict, protected: Tensor) -> tuple[Tensor, dict]:
+        "Mean damage in dB that the protection does to the forgeries; the gradient passes through attacker and cleaning. And the loss of PSNR per action."
         c, total, lost = self.config, 0.0, {action: [] for action in self.actions}
-        for i, (x, xp, place) in enumerate(zip(hu, protected, at.tolist())):
-            action, box = self.actions[(first + i) % 2], middle_box(place, spacing, x.shape)
-            attack = lambda v: self.attacker.tamper_tensor(v, tuple(place), spacing, action)[box]
-            with torch.no_grad(): goal = attack(x)
-            forged = attack(xp)
+        for i, (x, xp) in enumerate(zip(batch["hu"], protected)):
+            box = middle_box(batch["at"][i].tolist(), tuple(batch["spacing"].tolist()), x.shape)
+            with torch.no_grad(): goal = self.attack(batch, i, x)[box]
+            forged = self.attack(batch, i, xp)[box]
             from_real = forgery_damage(forged, x[box])
             total = total + (1 - c.goal_weight) * from_real + c.goal_weight * forgery_damage(forged, goal)
-            lost[action].append(from_real.detach() - forgery_damage(goal, x[box]))
-        return total / len(hu), {f"{action} lost [dB]": torch.stack(values).mean() for action, values in lost.items() if values}
+            lost[self.action(batch, i)].append(from_real.detach() - forgery_damage(goal, x[box]))
+        return total / len(protected), {f"{action} lost [dB]": torch.stack(values).mean() for action, values in lost.items() if values}
 
     def update(self, batch: dict, backward: Callable) -> dict[str, Tensor]:
         c, hu = self.config, batch["hu"]
         for group, rate in zip(self.optimizers["protector"].param_groups, self.rates): group["lr"] = rate * (1 + math.cos(math.pi * min(self.step / c.steps, 1))) / 2
         protected = self.protect(batch)
         d_loss = self.update_discriminator(hu, protected, backward)
-        damage, lost = self.damage(hu, protected, batch["at"], tuple(batch["spacing"].tolist()), int(batch["first"]))
+        damage, lost = self.damage(batch, protected)
         fool = fooling_loss(self.networks["discriminator"](_for_discriminator(protected)))
         change = ((protected - hu) / c.strength_hu).square().mean()
         loss = fool - c.alpha * damage / 10 + c.fidelity * change  # Eq. (6), the damage in units of 10 dB
@@ -382,7 +396,7 @@ def search_wave(
     with task.evaluating(), pick_compute().autocast():
         for period, axis in progress([(p, a) for p in task.config.periods_mm for a in (0, 1)], "searching the pattern"):
             protector.pattern.wave.copy_(torch.tensor([1 / period, 0.0] if axis == 0 else [0.0, 1 / period]))
-            damage = [task.damage(b["hu"], task.protect(b), b["at"], tuple(b["spacing"].tolist()), int(b["first"]))[0].item() for b in tests]
+            damage = [task.damage(b, task.protect(b))[0].item() for b in tests]
             rows.append({"period_mm": period, "axis": "yx"[axis], "damage_db": sum(damage) / len(damage)})
     rows.sort(key=lambda row: -row["damage_db"])
     k = 1 / rows[0]["period_mm"]
@@ -554,7 +568,7 @@ def training_scans(
 def train_mitsgan(
     preset: str, # `"tiny"` or `"full"`
     out: str | Path | None, # Folder for the weights; checkpoints of an unfinished run lie beside it in `<out>-training`; None writes nothing
-    attacker: Any, # A `CTGAN`: anything with a differentiable `tamper_tensor(hu, at, spacing, action)`
+    attacker: Any, # A `CTGAN`: anything with a differentiable `tamper_tensor(hu, at, spacing, action)`; or a list of them
     data: str | Path | list | None = None, # A folder of scans, or a list of `Scan`; None for the development scans and phantoms
     seed: int = 0, # Same seed, same data, same machine: same weights
     checkpoint_every: int = 500, # Steps
