@@ -322,6 +322,12 @@ def test_ascend_keeps_the_best_whole_numbers_within_the_bound():
     assert torch.allclose(best, hu + (goal - hu).clamp(-10, 10), atol=3.1), "a bowl: the answer is known"
 
 
+def test_the_best_iterate_counts_not_the_last():
+    hu = torch.full((2, 4, 4), -800.0)
+    best, values = ascend(lambda v: -(v - hu).square().mean() + 0.1 * v.mean(), hu, 20.0, 3, "sign", step_hu=9.0)
+    assert values[-1] < values[0] and torch.equal(best, hu), "every step overshoots: the start was best"
+
+
 def test_ascend_moves_only_where_it_may():
     hu, where = torch.full((3, 5, 5), -800.25), torch.zeros(3, 5, 5, dtype=torch.bool)
     where[1, 1:3] = True
