@@ -440,6 +440,14 @@ class Tafim:
         self.name = Path(folder).name
         return Path(folder)
 
+    def to(
+        self,
+        device: str | torch.device, # Where the network shall rest
+    ) -> "Tafim":
+        "Move the network; `protect` chooses its own device and precision (chapter 0)."
+        self.net.to(device)
+        return self
+
     def protect(
         self,
         scan: "Scan", # Any CT in HU
