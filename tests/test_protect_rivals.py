@@ -316,10 +316,16 @@ def test_matching_noise_agrees_in_the_region(phantom):
 def test_ascend_keeps_the_best_whole_numbers_within_the_bound():
     hu = torch.full((4, 6, 6), -800.0)
     goal = hu + 30 * torch.randn(hu.shape, generator=torch_rng(0))
-    best, values = ascend(lambda v: -(v - goal).square().mean(), hu, 10.0, steps=12, generator=torch_rng(1))
+    best, values = ascend(lambda v: -(v - goal).square().mean(), hu, 10.0, steps=12, rule="sign", generator=torch_rng(1))
     assert torch.equal(best, best.round()) and (best - hu).abs().max() <= 10 and len(values) == 13
     assert -(best - goal).square().mean().item() == pytest.approx(max(values)) and max(values) > values[0]
     assert torch.allclose(best, hu + (goal - hu).clamp(-10, 10), atol=3.1), "a bowl: the answer is known"
+
+
+def test_the_best_iterate_counts_not_the_last():
+    hu = torch.full((2, 4, 4), -800.0)
+    best, values = ascend(lambda v: -(v - hu).square().mean() + 0.1 * v.mean(), hu, 20.0, 3, "sign", step_hu=9.0)
+    assert values[-1] < values[0] and torch.equal(best, hu), "every step overshoots: the start was best"
 
 
 def test_ascend_moves_only_where_it_may():
@@ -328,6 +334,14 @@ def test_ascend_moves_only_where_it_may():
     for rule in ("sign", "l2"):
         best, _ = ascend(lambda v: v.sum(), hu, 5.0, 3, rule, where=where, generator=torch_rng(0))
         assert torch.equal(best[~where], hu[~where]) and (best[where] > hu[where]).all()
+
+
+def test_voxels_that_do_not_matter_are_left_alone():
+    hu, slope = torch.full((2, 4, 4), -800.0), torch.zeros(2, 4, 4)
+    slope[0, 1] = 1.0
+    for rule in ("sign", "l2"):
+        best, _ = ascend(lambda v: (slope * v).sum(), hu, 40.0, 4, rule, generator=torch_rng(0))
+        assert torch.equal(best[slope == 0], hu[slope == 0]) and (best[slope > 0] > hu[slope > 0]).all(), rule
 
 
 def test_sign_steps_need_not_know_the_size_of_the_gradient():

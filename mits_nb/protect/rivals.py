@@ -106,17 +106,17 @@ def ascend(
     hu: Tensor, # Where to start, HU (z, y, x)
     bound_hu: float, # Largest change of a voxel
     steps: int = 40, # Steps
-    rule: str = "sign", # `"sign"` or `"l2"` (gradient over its root mean square), Eq. (2)
+    rule: str = "l2", # `"l2"` (gradient over its root mean square) or `"sign"`, Eq. (2)
     step_hu: float | None = None, # Length of a step; None for 2.5 bound / steps
     where: Tensor | None = None, # Bool, same shape: voxels that may change; None for all
-    generator: torch.Generator | None = None, # Of the random start; None starts at zero change
+    generator: torch.Generator | None = None, # Of the random start, a tenth of the bound; None starts at zero change
 ) -> tuple[Tensor, list[float]]: # The best protected HU, whole numbers; the objective after 0, 1, ..., `steps` steps
     "Projected gradient ascent within a bound (Eq. 1), on whole HU, best iterate kept. Raises `UsageError`, `TrainError`."
     if rule not in ("sign", "l2"): raise UsageError(f"unknown rule {rule!r} for the step: use 'sign' or 'l2'")
     if steps < 1 or not 0 < bound_hu < math.inf: raise UsageError(f"steps is {steps} and bound_hu {bound_hu}: give at least one step and a positive bound")
     step_hu, delta, values, best = step_hu or 2.5 * bound_hu / steps, torch.zeros_like(hu), [], hu
     where = torch.ones_like(hu, dtype=torch.bool) if where is None else where.to(hu.device)
-    if generator is not None: delta = ((2 * torch.rand(hu.shape, generator=generator) - 1) * bound_hu).to(hu) * where
+    if generator is not None: delta = ((2 * torch.rand(hu.shape, generator=generator) - 1) * bound_hu / 10).to(hu) * where
     for i in range(steps + 1):
         delta.requires_grad_(True)
         protected = finish_slices(hu + delta, hu)
@@ -129,6 +129,7 @@ def ascend(
         if i == steps: return best, values
         slope, = torch.autograd.grad(value, delta)
         slope = slope * where
+        if i == 0: delta = delta * (slope != 0)  # what the attacker doesn't read need not be changed
         move = slope.sign() if rule == "sign" else slope / slope[where].square().mean().sqrt().clamp_min(1e-12)
         delta = (delta.detach() + step_hu * move).clamp(-bound_hu, bound_hu)
 
@@ -186,7 +187,7 @@ class Pgd:
         steps: int = 40, # Steps; each costs a forgery and its gradient for each place, action and cleaning
         actions: tuple[str, ...] = ("inject", "remove"), # What the attacker may do
         seed: int = 0, # Of the random start, where `protect` is given none
-        rule: str = "sign", # `"sign"` or `"l2"`
+        rule: str = "l2", # `"l2"` or `"sign"`
         cleanings: tuple[Callable, ...] = (), # What the attacker may do first: `clean(hu, spacing, generator) -> hu`, e.g. those of chapter 10
         goal_weight: float = 0.0, # Share of the damage measured from the attacker's goal; the rest from the real scan, which is what tables report
     ):
@@ -439,6 +440,14 @@ class Tafim:
         self.name = Path(folder).name
         return Path(folder)
 
+    def to(
+        self,
+        device: str | torch.device, # Where the network shall rest
+    ) -> "Tafim":
+        "Move the network; `protect` chooses its own device and precision (chapter 0)."
+        self.net.to(device)
+        return self
+
     def protect(
         self,
         scan: "Scan", # Any CT in HU
@@ -467,6 +476,7 @@ def train_tafim(
     seed: int = 0, # Same seed, same data, same machine: same weights
     checkpoint_every: int = 500, # Steps
     card: str = "", # Extra text for card.md
+    show_progress: bool = True, # A bar when it takes longer than two seconds
     **overrides, # Fields of `TafimConfig` to set otherwise
 ) -> Tafim:
     "Train both perturbations against frozen injector and remover, and save them. Raises `UsageError`, `TrainError`, `OutputError`."
@@ -477,7 +487,8 @@ def train_tafim(
         torch.manual_seed(torch_rng(seed, "tafim weights").initial_seed())
         net = TafimNet(config.width, config.levels, config.global_px, config.reach_hu, config.start, config.dropout, config.window_px)
     started, work = time.perf_counter(), None if out is None else Path(out).with_name(Path(out).name + "-training")
-    history = fit(TafimTask(net, attacker, config), batches, config.steps, seed=seed, out=work, checkpoint_every=checkpoint_every, log_every=10, desc="training TAFIM")
+    history = fit(TafimTask(net, attacker, config), batches, config.steps, seed=seed, out=work, checkpoint_every=checkpoint_every, log_every=10,
+                  desc="training TAFIM", progress=show_progress)
     tafim = Tafim(net, "tafim" if out is None else Path(out).name, history)
     if out is not None:
         log.info("trained TAFIM in %.0f s", time.perf_counter() - started)
