@@ -105,7 +105,7 @@ def test_shift_moves_the_place_and_not_the_picture(scan):
     plain, moved = forger.places[:2], forger.places[2:]
     assert plain[0] == plain[1] and moved[0] == moved[1] != plain[0] and np.abs(np.subtract(plain[0], moved[0])).max() <= 0.5
     edge = np.zeros((3, 20, 20), np.float32)
-    start, _ = forge_crop(Forger(), edge, (0.0, 0.0, 19.0), SPACING, "remove", CLEANING_TESTS["shift"], torch.Generator().manual_seed(1))
+    start, _ = forge_crop(Forger(), edge, (0.0, 0.0, 19.0), SPACING, ("remove",), CLEANING_TESTS["shift"], torch.Generator().manual_seed(1))
     assert np.array_equal(start, edge)
 
 

@@ -85,16 +85,16 @@ def forge_crop(
     hu: np.ndarray, # (z, y, x) HU: a crop that holds the cuboid
     at: tuple, # (z, y, x) voxel in the crop
     spacing: tuple, # (z, y, x) mm
-    action: str, # "inject" or "remove"
+    actions: tuple[str, ...], # "inject", "remove"
     clean: Callable, # clean(hu, spacing, generator); `clean_shift` moves the place instead
     generator: torch.Generator, # Draws the cleaning
-) -> tuple[np.ndarray, np.ndarray]: # What the attacker forged, and his forgery: float32 whole HU
-    "Clean, then forge, then round: what a file would hold."
+) -> tuple[np.ndarray, dict[str, np.ndarray]]: # What the attacker forged, and action -> his forgery: float32 whole HU
+    "Clean once, then forge with every action, then round: what a file would hold."
     x = torch.from_numpy(hu.astype(np.float32))
     if clean is clean_shift: at = tuple(min(max(a + d, 0.0), n - 1.0) for a, d, n in zip(at, draw_shift(generator), hu.shape))
     else: x = clean(x, spacing, generator)
-    with torch.inference_mode(): forged = attacker.tamper_tensor(x, at, spacing, action)
-    return x.detach().round().numpy(), forged.round().float().numpy()
+    with torch.inference_mode(): forged = {action: attacker.tamper_tensor(x, at, spacing, action).round().float().numpy() for action in actions}
+    return x.detach().round().numpy(), forged
 
 # %% ../../nbs/13_protect.sweep.ipynb #ecdc5eb9
 @dataclass(frozen=True, eq=False)
@@ -134,11 +134,11 @@ def forgeries(
         crop = cuboid_crop(place, spacing, scan.shape, margin_px)
         here = tuple(float(p - s.start) for p, s in zip(place, crop))
         for cleaning, clean in cleanings.items():
+            def forge(hu): return forge_crop(attacker, hu[crop], here, spacing, actions, clean, torch_rng(seed, "cleaning", cleaning, *place))
+            (start, goals), cleaned = forge(scan.hu), [forge(twin.hu) for twin in twins]
             for action in actions:
-                def forge(hu): return forge_crop(attacker, hu[crop], here, spacing, action, clean, torch_rng(seed, "cleaning", cleaning, *place))
-                start, goal = forge(scan.hu)
                 for k, (twin, name) in enumerate(zip(twins, names)):
-                    yield Forgery(name, k, i, place, here, action, cleaning, scan.hu[crop], twin.hu[crop], start, goal, *forge(twin.hu))
+                    yield Forgery(name, k, i, place, here, action, cleaning, scan.hu[crop], twin.hu[crop], start, goals[action], cleaned[k][0], cleaned[k][1][action])
 
 # %% ../../nbs/13_protect.sweep.ipynb #ac78b585
 def decibels(
