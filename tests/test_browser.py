@@ -38,7 +38,7 @@ info = {"knob": "alpha", "values": [0.2, 0.6, 1.0], "places": [[5, 40, 40], [6, 
 rows = [{"value": v, "place": p, "cleaning": c, "action": a, "slice_psnr_db": 50 - 9 * v, "slice_ssim": 0.99, "slice_rmse_hu": 30 * v, "unprotected_db": 20.0, "protected_db": 20 - 5 * v, "lost_db": 5 * v,
          "square_ssim": 0.8, "from_goal_hu": 80 * v, "lesion": v < 1 if a == "inject" else None} for v in info["values"] for p in range(2) for c in info["cleanings"] for a in info["actions"]]
 real = np.random.default_rng(0).normal(-850, 30, (2, 64, 64)).round().astype(np.int16)
-waves = (np.array(info["values"])[:, None, None] * 60 * np.sin(np.arange(64))).round().astype(np.int16)
+waves = (np.array(info["values"])[:, None, None] * 900 * np.sin(np.arange(64) / 4)).round().astype(np.int16)
 protected = real[None] + waves[:, None]
 goal = np.broadcast_to(real[:, None, None], (2, 2, 2, 64, 64)).copy()
 goal[:, :, 0, 28:36, 28:36] = 40
