@@ -66,6 +66,7 @@ def test_rows_for_every_combination_and_nothing_loses_nothing(scan):
     for r in rows:
         if r["protector"] == "nothing": assert r["lost_db"] == r["from_goal_hu"] == 0 and r["slice_psnr_db"] == 99 and r["slice_ssim"] == 1 and r["lesion"] == r["lesion_unprotected"]
         else: assert r["slice_rmse_hu"] == pytest.approx(40) and r["slice_psnr_db"] == pytest.approx(20 * np.log10(4096 / 40), abs=0.01)
+        assert r["place_psnr_db"] == (99 if r["protector"] == "nothing" else pytest.approx(r["slice_psnr_db"], abs=0.01))
         assert r["lost_db"] == pytest.approx(r["unprotected_db"] - r["protected_db"]) and (r["lesion"] is None) == (r["action"] == "remove")
     worst = [r["lost_db"] for r in rows if r["protector"] == "checks" and r["cleaning"] == "nothing" and r["action"] == "remove"]
     cleaned = [r["lost_db"] for r in rows if r["protector"] == "checks" and r["cleaning"] == "blur 0.7" and r["action"] == "remove"]
@@ -189,6 +190,7 @@ def test_front_and_its_refusal(scan):
     rows = measure_protection([Nothing(), Checks(20), Checks(40)], Forger(), scan, PLACES[:1])
     figure = front_figure(rows, families={"checks": "board"})
     assert [a.get_title() for a in figure.axes] == ["inject, attacker cleans: nothing", "remove, attacker cleans: nothing"]
+    assert "protected place" in front_figure(rows, price="place_psnr_db").axes[0].get_xlabel()
     with pytest.raises(UsageError, match="changes anything"): front_figure([r for r in rows if r["protector"] == "nothing"])
 
 
