@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from mits_nb.attack.ctgan import CTGAN, HELD_OUT, clear_places, held_out_scans
-from mits_nb.core import rng, versions, write_json
+from mits_nb.core import DataError, rng, versions, write_json
 from mits_nb.data import lung_mask, lung_places
 from mits_nb.phantom import make_phantom
 from mits_nb.protect.mitsgan import MitsGAN
@@ -41,17 +41,20 @@ class GaussianNoise:
         return scan.with_hu(np.where(scan.hu < -1024, scan.hu, np.maximum(scan.hu + change.round(), np.minimum(scan.hu, -1024))))
 
 
-def rivals(names):
-    "Rivals by name; chapter 12's classes where they can be made without arguments, with `Class:weights` for trained ones."
+def rivals(names, attacker, places):
+    "Rivals by name: nothing, noise<HU>, tafim[:weights], and pgd<HU>, which is told the places."
     made = []
     for name in filter(None, names.split(",")):
         if name == "nothing": made.append(Nothing())
         elif name.startswith("noise"): made.append(GaussianNoise(float(name[5:] or 20)))
-        else:
-            from mits_nb.protect import rivals as module
-            kind, _, weights = name.partition(":")
-            cls = getattr(module, kind)
-            made.append(cls.from_pretrained(*filter(None, [weights])) if hasattr(cls, "from_pretrained") else cls())
+        elif name.startswith("tafim"):
+            from mits_nb.protect.rivals import Tafim
+            made.append(Tafim.from_pretrained(*filter(None, [name.partition(":")[2]])))
+        elif name.startswith("pgd"):
+            from mits_nb.protect.rivals import Pgd
+            made.append(Pgd(attacker, places, bound_hu=float(name[3:] or 20)))
+            made[-1].name = f"{made[-1].name} {made[-1].bound_hu:g} HU"
+        else: raise SystemExit(f"unknown rival {name!r}: use nothing, noise<HU>, tafim[:weights], pgd<HU>")
     return made
 
 
@@ -66,8 +69,8 @@ def attackers(main, names):
 
 
 def measure(a):
-    main, protectors = CTGAN.from_pretrained(a.attacker), [*rivals(a.rivals), *[MitsGAN.from_pretrained(w) for w in a.weights]]
-    protectors += [Scaled(p, f) for p in protectors if isinstance(p, MitsGAN) for f in a.factors]
+    main, trained = CTGAN.from_pretrained(a.attacker), [MitsGAN.from_pretrained(w) for w in a.weights]
+    trained += [Scaled(p, f) for p in trained for f in a.factors]
     tests = ("nothing", "blur 0.7", "median") if a.quick else tuple(CLEANING_TESTS)
     scans, rows, others, effects, spectra = held_out_scans(tuple(a.patients), phantoms=a.phantoms), [], [], [], []
     for source in scans:
@@ -75,6 +78,7 @@ def measure(a):
         places = clear_places(source, a.places, 0, lung, margin_mm=10.0)
         print(f"{source.name}: {len(places)} places", flush=True)
         if not len(places): continue
+        protectors = [*rivals(a.rivals, main, places), *trained]
         rows += measure_protection(protectors, main, source.scan, places, tests, patient=source.name)
         for name, attacker in attackers(main, a.attackers).items():
             others += measure_protection([p for p in protectors if p.name != "nothing"], attacker, source.scan, places[: max(len(places) // 2, 1)], patient=source.name, extra={"attacker": name})
@@ -85,7 +89,10 @@ def measure(a):
             lung_hu, soft = found.get("lung", {}), found.get("soft tissue", {})
             effects.append({"scan": source.name, "protector": protector_name(p), "nodules": len(volumes), "volume change, mean %": np.mean(volumes) if volumes else np.nan, "largest %": max(volumes, default=np.nan),
                             **{f"{tissue} {key}, HU": stats[key][1] - stats[key][0] for tissue, stats in (("lung", lung_hu), ("soft", soft)) for key in ("mean", "sd") if stats}})
-            frequency, (real, protected) = noise_spectra([source.scan, twin], places[:6])
+            try: frequency, (real, protected) = noise_spectra([source.scan, twin], places[:6])
+            except DataError as why:
+                print(f"{source.name}: {why}")
+                continue
             for low, high in ((0.0, 0.2), (0.2, 0.4), (0.4, 0.8)):
                 band = (frequency >= low) & (frequency < high)
                 spectra.append({"scan": source.name, "protector": protector_name(p), "band [1/mm]": f"{low:g}-{high:g}", "protected / real": protected[band].sum() / max(real[band].sum(), 1e-9)})
@@ -108,7 +115,8 @@ def report(a, rows, others, effects, spectra):
         clean = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v.item() if isinstance(v, np.generic) else v
         write_json(a.out, {"rows": rows, "others": others, "effects": [{k: clean(v) for k, v in e.items()} for e in effects], "spectra": [{k: clean(v) for k, v in s.items()} for s in spectra], "versions": versions()})
         families = {n: n.split(" x")[0] for n in {r["protector"] for r in rows}}
-        for cleaning in ("nothing", "blur 0.7"): front_figure(rows, cleaning, families).savefig(Path(a.out).with_name(f"{Path(a.out).stem}-front-{cleaning.replace(' ', '-')}.png"))
+        for cleaning in ("nothing", "blur 0.7"):
+            for price in ("slice_psnr_db", "place_psnr_db"): front_figure(rows, cleaning, families, price).savefig(a.out.with_name(f"{a.out.stem}-{price[:5]}-{cleaning.replace(' ', '-')}.png"))
 
 
 def alphas(a):
@@ -124,7 +132,7 @@ def alphas(a):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--weights", nargs="*", default=["mitsgan-tiny"], help="protectors: shipped names or folders")
-    p.add_argument("--rivals", default="nothing,noise20", help="nothing, noise<HU>, or classes of protect.rivals such as Tafim:folder, by commas")
+    p.add_argument("--rivals", default="nothing,noise20", help="by commas: nothing, noise<HU>, tafim[:weights], pgd<HU>")
     p.add_argument("--factors", nargs="*", type=float, default=[2.0], help="scale the change of each network, for the front")
     p.add_argument("--attacker", default="ctgan-tiny")
     p.add_argument("--attackers", nargs="*", default=[], help="further attackers, for the transfer table")

@@ -31,6 +31,22 @@ def forger(scan, at, action, seed):
 """
 SHOW = "playground = TamperPlayground(scan, forger, size=300)\nplayground"
 
+SWEEP = """
+import numpy as np
+from mits_nb.protect.sweep import AlphaSweep, Sweep
+info = {"knob": "alpha", "values": [0.2, 0.6, 1.0], "places": [[5, 40, 40], [6, 50, 60]], "cleanings": ["nothing", "blur 0.7"], "actions": ["inject", "remove"], "spacing": [2.5, 1.0, 1.0], "patient": "made up"}
+rows = [{"value": v, "place": p, "cleaning": c, "action": a, "slice_psnr_db": 50 - 9 * v, "slice_ssim": 0.99, "slice_rmse_hu": 30 * v, "unprotected_db": 20.0, "protected_db": 20 - 5 * v, "lost_db": 5 * v,
+         "square_ssim": 0.8, "from_goal_hu": 80 * v, "lesion": v < 1 if a == "inject" else None} for v in info["values"] for p in range(2) for c in info["cleanings"] for a in info["actions"]]
+real = np.random.default_rng(0).normal(-850, 30, (2, 64, 64)).round().astype(np.int16)
+waves = (np.array(info["values"])[:, None, None] * 900 * np.sin(np.arange(64) / 4)).round().astype(np.int16)
+protected = real[None] + waves[:, None]
+goal = np.broadcast_to(real[:, None, None], (2, 2, 2, 64, 64)).copy()
+goal[:, :, 0, 28:36, 28:36] = 40
+forged = np.broadcast_to(protected[:, :, None, None], (3, 2, 2, 2, 64, 64)).copy()
+forged[:, :, :, 0, 26:38, 26:38] = 100
+explorer = AlphaSweep(Sweep(info, rows, real, protected, goal, forged), value=0)
+"""
+
 
 def find_chromium():
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -44,7 +60,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "A JupyterLab with one notebook; gives its address."
+    "A JupyterLab with two notebooks; gives the address of the first."
     pytest.importorskip("playwright", reason="Playwright is not installed: pip install playwright")
     if find_chromium() is None:
         pytest.skip("no Chromium found: install it, or name it in the variable CHROMIUM")
@@ -52,8 +68,9 @@ def lab(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("lab")
     cells = [nbformat.v4.new_code_cell(SETUP), nbformat.v4.new_code_cell(SHOW)]
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
-    (folder / "widgets.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+    for name, content in (("widgets", cells), ("sweep", [nbformat.v4.new_code_cell(SWEEP), nbformat.v4.new_code_cell("explorer")])):
+        notebook = nbformat.v4.new_notebook(cells=content, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+        (folder / f"{name}.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
     port = free_port()
     homes = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     env = {**os.environ, **homes, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
@@ -80,27 +97,37 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(lab, tmp_path_factory):
-    "The notebook, open and run: the playground is on the screen."
+def browser(lab):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
-        page = browser.new_page(viewport={"width": 1500, "height": 1100})
-        page.set_default_timeout(60_000)
-        page.goto(lab)
-        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-        try:
-            for number in range(2):
-                run_cell(page, number)
-            page.wait_for_selector(".mits-screen img")
-        except Exception:
-            page.screenshot(path=tmp_path_factory.mktemp("failed") / "page.png")
-            raise
-        settle(page)
-        yield page
+        yield browser
         browser.close()
+
+
+def open_notebook(browser, address, screenshot):
+    "A notebook of two cells, open and run: its widget is on the screen."
+    page = browser.new_page(viewport={"width": 1500, "height": 1100})
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    try:
+        for number in range(2):
+            run_cell(page, number)
+        page.wait_for_selector(".mits-screen img")
+    except Exception:
+        page.screenshot(path=screenshot)
+        raise
+    settle(page)
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(lab, browser, tmp_path_factory):
+    "The playground."
+    return open_notebook(browser, lab, tmp_path_factory.mktemp("failed") / "page.png")
 
 
 def run_cell(page, number):
@@ -245,3 +272,27 @@ def test_dark_theme(page, tmp_path):
     settle(page)
     page.screenshot(path=tmp_path / "dark.png")
     assert caption() != light, "captions follow the theme"
+
+
+def test_the_alpha_sweep(lab, browser, tmp_path):
+    page = open_notebook(browser, lab.replace("/lab/tree/widgets.ipynb", "/lab/workspaces/sweep/tree/sweep.ipynb"), tmp_path / "failed.png")
+    page.screenshot(path=tmp_path / "sweep.png")
+    assert page.locator(".mits-screen figcaption").all_inner_texts()[:3] == ["real, forged", "protected", "protected, forged"] and "alpha 0.2" in text(page)
+    unprotected, weak = pixels(page, 0), pixels(page, 1)
+    page.locator(".widget-slider .noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    settle(page)
+    assert "alpha 0.6" in text(page) and changed(weak, pixels(page, 1)) > 0 == changed(unprotected, pixels(page, 0))
+    page.locator(".mits-screen figure > div").first.click()
+    page.keyboard.press("ArrowUp")
+    settle(page)
+    assert "alpha 1 " in text(page) and "15.0 dB" in text(page) and "lesion test: not met" in text(page)
+    page.keyboard.press("a")
+    settle(page)
+    assert "lesion test" not in text(page) and changed(unprotected, pixels(page, 0)) > 0, "a removal, without a nodule"
+    page.keyboard.press("c")
+    page.keyboard.press("Home")
+    settle(page)
+    assert "alpha 0.2" in text(page) and page.locator(".widget-dropdown select").nth(1).input_value() == "blur 0.7"
+    page.screenshot(path=tmp_path / "moved.png")
+    page.close()

@@ -66,6 +66,7 @@ def test_rows_for_every_combination_and_nothing_loses_nothing(scan):
     for r in rows:
         if r["protector"] == "nothing": assert r["lost_db"] == r["from_goal_hu"] == 0 and r["slice_psnr_db"] == 99 and r["slice_ssim"] == 1 and r["lesion"] == r["lesion_unprotected"]
         else: assert r["slice_rmse_hu"] == pytest.approx(40) and r["slice_psnr_db"] == pytest.approx(20 * np.log10(4096 / 40), abs=0.01)
+        assert r["place_psnr_db"] == (99 if r["protector"] == "nothing" else pytest.approx(r["slice_psnr_db"], abs=0.01))
         assert r["lost_db"] == pytest.approx(r["unprotected_db"] - r["protected_db"]) and (r["lesion"] is None) == (r["action"] == "remove")
     worst = [r["lost_db"] for r in rows if r["protector"] == "checks" and r["cleaning"] == "nothing" and r["action"] == "remove"]
     cleaned = [r["lost_db"] for r in rows if r["protector"] == "checks" and r["cleaning"] == "blur 0.7" and r["action"] == "remove"]
@@ -105,7 +106,7 @@ def test_shift_moves_the_place_and_not_the_picture(scan):
     plain, moved = forger.places[:2], forger.places[2:]
     assert plain[0] == plain[1] and moved[0] == moved[1] != plain[0] and np.abs(np.subtract(plain[0], moved[0])).max() <= 0.5
     edge = np.zeros((3, 20, 20), np.float32)
-    start, _ = forge_crop(Forger(), edge, (0.0, 0.0, 19.0), SPACING, "remove", CLEANING_TESTS["shift"], torch.Generator().manual_seed(1))
+    start, _ = forge_crop(Forger(), edge, (0.0, 0.0, 19.0), SPACING, ("remove",), CLEANING_TESTS["shift"], torch.Generator().manual_seed(1))
     assert np.array_equal(start, edge)
 
 
@@ -189,6 +190,7 @@ def test_front_and_its_refusal(scan):
     rows = measure_protection([Nothing(), Checks(20), Checks(40)], Forger(), scan, PLACES[:1])
     figure = front_figure(rows, families={"checks": "board"})
     assert [a.get_title() for a in figure.axes] == ["inject, attacker cleans: nothing", "remove, attacker cleans: nothing"]
+    assert "protected place" in front_figure(rows, price="place_psnr_db").axes[0].get_xlabel()
     with pytest.raises(UsageError, match="changes anything"): front_figure([r for r in rows if r["protector"] == "nothing"])
 
 

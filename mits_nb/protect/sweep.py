@@ -85,16 +85,16 @@ def forge_crop(
     hu: np.ndarray, # (z, y, x) HU: a crop that holds the cuboid
     at: tuple, # (z, y, x) voxel in the crop
     spacing: tuple, # (z, y, x) mm
-    action: str, # "inject" or "remove"
+    actions: tuple[str, ...], # "inject", "remove"
     clean: Callable, # clean(hu, spacing, generator); `clean_shift` moves the place instead
     generator: torch.Generator, # Draws the cleaning
-) -> tuple[np.ndarray, np.ndarray]: # What the attacker forged, and his forgery: float32 whole HU
-    "Clean, then forge, then round: what a file would hold."
+) -> tuple[np.ndarray, dict[str, np.ndarray]]: # What the attacker forged, and action -> his forgery: float32 whole HU
+    "Clean once, then forge with every action, then round: what a file would hold."
     x = torch.from_numpy(hu.astype(np.float32))
     if clean is clean_shift: at = tuple(min(max(a + d, 0.0), n - 1.0) for a, d, n in zip(at, draw_shift(generator), hu.shape))
     else: x = clean(x, spacing, generator)
-    with torch.inference_mode(): forged = attacker.tamper_tensor(x, at, spacing, action)
-    return x.detach().round().numpy(), forged.round().float().numpy()
+    with torch.inference_mode(): forged = {action: attacker.tamper_tensor(x, at, spacing, action).round().float().numpy() for action in actions}
+    return x.detach().round().numpy(), forged
 
 # %% ../../nbs/13_protect.sweep.ipynb #ecdc5eb9
 @dataclass(frozen=True, eq=False)
@@ -134,11 +134,11 @@ def forgeries(
         crop = cuboid_crop(place, spacing, scan.shape, margin_px)
         here = tuple(float(p - s.start) for p, s in zip(place, crop))
         for cleaning, clean in cleanings.items():
+            def forge(hu): return forge_crop(attacker, hu[crop], here, spacing, actions, clean, torch_rng(seed, "cleaning", cleaning, *place))
+            (start, goals), cleaned = forge(scan.hu), [forge(twin.hu) for twin in twins]
             for action in actions:
-                def forge(hu): return forge_crop(attacker, hu[crop], here, spacing, action, clean, torch_rng(seed, "cleaning", cleaning, *place))
-                start, goal = forge(scan.hu)
                 for k, (twin, name) in enumerate(zip(twins, names)):
-                    yield Forgery(name, k, i, place, here, action, cleaning, scan.hu[crop], twin.hu[crop], start, goal, *forge(twin.hu))
+                    yield Forgery(name, k, i, place, here, action, cleaning, scan.hu[crop], twin.hu[crop], start, goals[action], cleaned[k][0], cleaned[k][1][action])
 
 # %% ../../nbs/13_protect.sweep.ipynb #ac78b585
 def decibels(
@@ -165,7 +165,7 @@ def forgery_row(
         lesion = [8 <= new_lesion(*pair, f.here) <= 30 for pair in scans]
     return {"protector": f.protector, "at": list(f.at), "action": f.action, "cleaning": f.cleaning, "unprotected_db": before, "protected_db": after, "lost_db": before - after,
             "protected_4096_db": decibels(real, forged, 4096.0), "unprotected_ssim": float(ssim(real, goal, peak=peak)), "square_ssim": float(ssim(real, forged, peak=peak)),
-            "square_ssim_4096": float(ssim(real, forged)), "square_rmse_hu": float(rmse(real, forged)), "from_goal_hu": float(rmse(goal, forged)),
+            "square_ssim_4096": float(ssim(real, forged)), "place_psnr_db": decibels(real, f.protected[where], 4096.0), "square_rmse_hu": float(rmse(real, forged)), "from_goal_hu": float(rmse(goal, forged)),
             "lesion_unprotected": lesion[0], "lesion": lesion[1]}
 
 # %% ../../nbs/13_protect.sweep.ipynb #ae1d20d0
@@ -242,7 +242,7 @@ def protection_table(
     for key, group in _groups([r for r in rows if r["cleaning"] == "nothing"], by).items():
         interval = lambda name, resamples=1000: patient_interval([r[name] for r in group], [r["patient"] for r in group], level=level, resamples=resamples)
         mean, lost, met = (lambda name: interval(name, 1)["value"]), interval("lost_db"), [r for r in group if r["lesion_unprotected"]]
-        lines[key] = {"slice PSNR [dB]": mean("slice_psnr_db"), "slice SSIM": mean("slice_ssim"), "slice RMSE [HU]": mean("slice_rmse_hu"), "forged [dB]": mean("unprotected_db"),
+        lines[key] = {"slice PSNR [dB]": mean("slice_psnr_db"), "slice SSIM": mean("slice_ssim"), "slice RMSE [HU]": mean("slice_rmse_hu"), "place PSNR [dB]": mean("place_psnr_db"), "forged [dB]": mean("unprotected_db"),
                       "protected, forged [dB]": mean("protected_db"), "SSIM of it": mean("square_ssim"), "lost [dB]": lost["value"], "low": lost["low"], "high": lost["high"],
                       "from goal [HU]": mean("from_goal_hu"), "lesion gone": np.mean([not r["lesion"] for r in met]) if met else math.nan, "patients": lost["patients"], "places": lost["places"]}
     return pd.DataFrame(lines.values(), index=pd.MultiIndex.from_tuples(lines, names=by))
@@ -271,11 +271,12 @@ def front_figure(
     rows: list[dict], # From `measure_protection`; the cleaning that is shown must be among them
     cleaning: str = "nothing", # Which attacker
     families: dict[str, str] | None = None, # Protector -> curve that it belongs to; None: every protector is a point of its own
+    price: str = "slice_psnr_db", # Column: PSNR of the protected slice, or `"place_psnr_db"` of the protected square before it is forged
     level: float = 0.95, # Of the error bars
 ) -> "matplotlib.figure.Figure":
-    "Damage against fidelity, one panel per action: dB lost over PSNR of the protected slice, with intervals by patient. Raises `UsageError`."
+    "Damage against fidelity, one panel per action: dB lost over PSNR (peak 4096) of what is protected, with intervals by patient. Raises `UsageError`."
     import matplotlib.pyplot as plt
-    shown = [r for r in rows if r["cleaning"] == cleaning and r["slice_psnr_db"] < 99]
+    shown = [r for r in rows if r["cleaning"] == cleaning and r[price] < 99]
     if not shown: raise UsageError(f"no protector that changes anything was measured with the cleaning {cleaning!r}")
     actions = list(dict.fromkeys(r["action"] for r in shown))
     figure, axes = plt.subplots(1, len(actions), figsize=(4.1 * len(actions), 3.1), dpi=85, squeeze=False, layout="constrained")
@@ -283,12 +284,12 @@ def front_figure(
         curves = {}
         for (name,), group in _groups([r for r in shown if r["action"] == action], ("protector",)).items():
             lost = patient_interval([r["lost_db"] for r in group], [r["patient"] for r in group], level=level)
-            curves.setdefault((families or {}).get(name, name), []).append((np.mean([r["slice_psnr_db"] for r in group]), lost["value"], lost["low"], lost["high"]))
+            curves.setdefault((families or {}).get(name, name), []).append((np.mean([r[price] for r in group]), lost["value"], lost["low"], lost["high"]))
         for k, (name, points) in enumerate(curves.items()):
             x, y, low, high = np.array(sorted(points)).T
             axis.errorbar(x, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], marker="os^Dv*"[k % 6], capsize=2, linewidth=1.2, markersize=4, label=name)
         axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.set(title=f"{action}, attacker cleans: {cleaning}", xlabel="PSNR of the protected slice [dB, peak 4096]", ylabel="forged square loses [dB]")
+        axis.set(title=f"{action}, attacker cleans: {cleaning}", xlabel=f"PSNR of the protected {price.split('_')[0]} [dB, peak 4096]", ylabel="forged square loses [dB]")
         axis.grid(alpha=0.3); axis.legend(fontsize=8, frameon=False)
     plt.close(figure)
     return figure
