@@ -182,6 +182,20 @@ def test_training_without_an_attacker_says_how_to_get_one(part, tmp_path, capsys
     assert not (tmp_path / "w").exists()
 
 
+def test_training_calls_the_recipe_of_the_variant(tmp_path, capsys, monkeypatch):
+    from mits_nb.attack.ctgan import CTGAN
+    from mits_nb.core import TrainError
+    from mits_nb.protect import mitsgan
+    calls = []
+    monkeypatch.setattr(mitsgan, "train_mitsgan", lambda **words: calls.append(words))
+    for words in ([], ["--variant", "plain"]): assert mits_train(["protect", *words, "--out", str(tmp_path / "w"), "--seed", "3"]) == 0
+    assert all(c["preset"] == "tiny" and c["seed"] == 3 and c["out"] == tmp_path / "w" and isinstance(c["attacker"], CTGAN) for c in calls) and len(calls) == 2
+    assert mits_train(["attack", "--variant", "plain"]) == 2 and "--variant" in capsys.readouterr().err
+    def faint(**words): raise TrainError("loss 'damage [dB]' is nan after step 40: lower the learning rate, or train in float32")
+    monkeypatch.setattr(mitsgan, "train_mitsgan", faint)
+    assert mits_train(["protect", "--out", str(tmp_path / "w")]) == 2 and "nan after step 40" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_marker_names_what_is_known():
     scan = Scan(np.zeros((2, 4, 4), np.int16), (1, 1, 1))
     tell = lambda **note: marker_text(scan.with_hu(scan.hu, {"kind": "protected", **note}))
