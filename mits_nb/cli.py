@@ -763,7 +763,7 @@ def mits_train(
     parser = argparse.ArgumentParser("mits_train", description="Train one of the three systems. Order matters: the protector and the detector are trained against the attacker's weights.")
     parser.add_argument("part", choices=("attack", "protect", "detect"))
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="size of network, data and training (default: %(default)s)")
-    parser.add_argument("--variant", choices=PROTECTORS, help="protect: which protector (default: plain, MITS-GAN of chapter 11)")
+    parser.add_argument("--variant", choices=PROTECTORS, help="protect: plain (MITS-GAN of chapter 11), robust (the same, trained against attackers who clean the scan first) or tafim (chapter 12) (default: plain)")
     parser.add_argument("--out", help="folder for the weights (default: outputs/weights/NAME)")
     parser.add_argument("--attacker", help="weights to train against, for protect and detect (default: ctgan-PRESET)")
     parser.add_argument("--protector", help="weights whose honest output the detector must not take for a forgery (default: mitsgan-PRESET)")
@@ -774,7 +774,7 @@ def mits_train(
     return guarded(lambda: run_train(parser.parse_args(argv)))
 
 # %% ../nbs/21_cli.ipynb #f40e4529
-PROTECTORS = {"plain": "mitsgan"}  # kind of protector -> what the names of its weights begin with
+PROTECTORS = {"plain": "mitsgan", "robust": "mitsgan-robust", "tafim": "tafim"}  # kind of protector -> what the names of its weights begin with
 
 # %% ../nbs/21_cli.ipynb #89179988
 def load_attacker(
@@ -805,8 +805,10 @@ def run_train(
         train_ctgan(**common, pictures=args.pictures, **({"held_out": tuple(args.hold_out)} if args.hold_out else {}))
     else:
         if args.part == "protect":
-            from mits_nb.protect.mitsgan import train_mitsgan
-            train_mitsgan(attacker=attacker, **common)
+            from mits_nb.protect.mitsgan import ROBUST, train_mitsgan
+            from mits_nb.protect.rivals import train_tafim
+            if args.variant == "tafim": train_tafim(attacker=attacker, **common)
+            else: train_mitsgan(attacker=attacker, **common, **(ROBUST if args.variant == "robust" else {}))
         else:
             from mits_nb.detect.cascade import train_cascade
             from mits_nb.protect.mitsgan import MitsGAN

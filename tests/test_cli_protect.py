@@ -190,6 +190,11 @@ def test_training_calls_the_recipe_of_the_variant(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(mitsgan, "train_mitsgan", lambda **words: calls.append(words))
     for words in ([], ["--variant", "plain"]): assert mits_train(["protect", *words, "--out", str(tmp_path / "w"), "--seed", "3"]) == 0
     assert all(c["preset"] == "tiny" and c["seed"] == 3 and c["out"] == tmp_path / "w" and isinstance(c["attacker"], CTGAN) for c in calls) and len(calls) == 2
+    assert mits_train(["protect", "--variant", "robust", "--out", str(tmp_path / "w")]) == 0 and set(calls[2]) == set(calls[0]) | set(mitsgan.ROBUST)
+    from mits_nb.protect import rivals
+    monkeypatch.setattr(rivals, "train_tafim", lambda **words: calls.append(words))
+    monkeypatch.chdir(tmp_path)
+    assert mits_train(["protect", "--variant", "tafim"]) == 0 and calls[3]["out"].as_posix() == "outputs/weights/tafim-tiny" and len(calls) == 4
     assert mits_train(["attack", "--variant", "plain"]) == 2 and "--variant" in capsys.readouterr().err
     def faint(**words): raise TrainError("loss 'damage [dB]' is nan after step 40: lower the learning rate, or train in float32")
     monkeypatch.setattr(mitsgan, "train_mitsgan", faint)
