@@ -267,7 +267,7 @@ def test_shipped_cascade_loads_and_is_small():
 def test_shipped_cascade_tells_forged_slices_of_a_real_scan(data_dir):
     """Slices before and after forging, over four forgeries in three parts of a scan that was never trained on: one alone is too noisy to judge by.
 
-    The shipped detector learnt from an earlier paste, whose noise was too weak (0.57 of the scan's own): it had .88 there and has .69 here. Weights that are trained anew should be asked for more."""
+    The shipped detector learnt from an earlier forger and an earlier paste, whose noise was too weak (0.57 of the scan's own). Weights that are trained anew should be asked for more."""
     from mits_nb.attack.ctgan import CTGAN
     from mits_nb.metrics import roc_auc
     from mits_nb.scan import read_scan

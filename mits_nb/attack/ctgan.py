@@ -736,7 +736,7 @@ def ctgan_card(
     def percent(row, key, value): return f"{100 * row[key][value]:.0f} % ({row[key]['places' if value == 'rate' else 'nodules']})" if row[key][value] is not None else "none"
     config = record.get("config", {})
     lines = ["# CT-GAN: injector and remover", "",
-             "Two 3D U-Nets that fill the zeroed centre of a 32 mm lung cube: with a nodule, or with healthy lung. For teaching and for training defences;",
+             "Two 3D U-Nets that fill the emptied centre of a 32 mm lung cube: with a nodule, or with healthy lung. For teaching and for training defences;",
              "every scan that the library forges with them is marked in its header. Not for any clinical use.", "",
              "## Data", "", "| source | nodule cubes | healthy cubes |", "|---|---:|---:|",
              *(f"| {s['name']} | {s['inject']} | {s['remove']} |" for s in record.get("sources", [])), "",
