@@ -259,7 +259,7 @@ def progress(
         # in a kernel without widgets tqdm warns once and falls back to text, which is what we want
         warnings.filterwarnings("ignore", message="IProgress not found")
         from tqdm.auto import tqdm
-    quiet = os.environ.get("TQDM_DISABLE", "") not in ("", "0")  # tqdm's own variable, which its notebook bar does not read
+    quiet = kwargs.pop("disable", False) or os.environ.get("TQDM_DISABLE", "") not in ("", "0")  # tqdm's own variable, which its notebook bar does not read
     return tqdm(iterable, desc=desc, total=total, **{"delay": 2, "leave": False, "disable": quiet, **kwargs})
 
 # %% ../nbs/00_core.ipynb #6e7182f2

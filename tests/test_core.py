@@ -145,3 +145,9 @@ def test_files_get_the_usual_permissions(tmp_path):
     with core.atomic_dir(tmp_path / "d") as folder: shy(folder / "b.txt")
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "d" / "b.txt").stat().st_mode == usual
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.txt", "b.txt", "d", "plain"]
+
+
+@pytest.mark.parametrize("variable, disable, hidden", [("", False, False), ("", True, True), ("1", False, True), ("0", False, False), ("1", True, True)])
+def test_bars_can_be_switched_off_from_outside(monkeypatch, variable, disable, hidden):
+    monkeypatch.setenv("TQDM_DISABLE", variable)
+    assert bool(core.progress(range(3), disable=disable).disable) == hidden
