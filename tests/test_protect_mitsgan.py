@@ -6,31 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import ToyAttacker
 from mits_nb.attack.nets import n_trainable
-from mits_nb.attack.tamper import Equalizer, Tampering, tamper_tensor
 from mits_nb.core import ScanError, TrainError, UsageError, WeightsError, pick_compute, torch_rng
 from mits_nb.gan import checkpoints, read_checkpoint
 from mits_nb.protect.mitsgan import (MitsGAN, MitsganConfig, NoiseNet, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, check_hu, cuboid_crop,
                                      evaluate_protection, finish_slices, folded, is_protected, lung_doubts, lung_weight, middle_box, round_through, search_wave,
                                      summarise_protection, train_mitsgan)
-
-
-class ToyAttacker:
-    "The pipeline of chapter 8 around two small frozen networks."
-
-    def __init__(self):
-        generator, nets = torch_rng(0, "toy attacker"), []
-        for _ in range(2):
-            net = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 4, stride=4), torch.nn.LeakyReLU(0.2), torch.nn.ConvTranspose3d(2, 1, 16, stride=4, padding=6), torch.nn.Tanh())
-            for p in net.parameters():
-                p.data = torch.randn(p.shape, generator=generator) * 0.1
-                p.requires_grad_(False)
-            nets.append(net)
-        self.injector, self.remover = nets
-        self.settings, self.equalizer = Tampering(), Equalizer().fit(-850 + 60 * torch.randn(5000, generator=generator))
-
-    def tamper_tensor(self, hu, at, spacing, action, noise=None):
-        return tamper_tensor(hu, at, spacing, self.injector if action == "inject" else self.remover, self.settings, self.equalizer, noise, action)
 
 
 @pytest.fixture(scope="module")

@@ -6,31 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import ToyAttacker
 from mits_nb.attack.nets import n_trainable
-from mits_nb.attack.tamper import Equalizer, Tampering, tamper_tensor
 from mits_nb.core import MitsError, PlaceError, TrainError, UsageError, WeightsError, torch_rng
 from mits_nb.metrics import rmse
 from mits_nb.protect.mitsgan import MitsganConfig, PlaceBatches, cuboid_crop, evaluate_protection, is_protected
 from mits_nb.protect.rivals import (GaussianNoise, Nothing, Pgd, Tafim, TafimConfig, TafimNet, TafimTask, TafimUnet, ascend, erased_box,
                                     in_windows, place_damage, place_groups, tafim_loss, train_tafim)
-
-
-class ToyAttacker:
-    "The pipeline of chapter 8 around two small frozen networks."
-
-    def __init__(self):
-        generator, nets = torch_rng(0, "toy attacker"), []
-        for _ in range(2):
-            net = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 4, stride=4), torch.nn.LeakyReLU(0.2), torch.nn.ConvTranspose3d(2, 1, 16, stride=4, padding=6), torch.nn.Tanh())
-            for p in net.parameters():
-                p.data = torch.randn(p.shape, generator=generator) * 0.1
-                p.requires_grad_(False)
-            nets.append(net)
-        self.injector, self.remover = nets
-        self.settings, self.equalizer = Tampering(), Equalizer().fit(-850 + 60 * torch.randn(5000, generator=generator))
-
-    def tamper_tensor(self, hu, at, spacing, action, noise=None):
-        return tamper_tensor(hu, at, spacing, self.injector if action == "inject" else self.remover, self.settings, self.equalizer, noise, action)
 
 
 class DetachedAttacker(ToyAttacker):
