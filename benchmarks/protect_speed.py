@@ -111,7 +111,7 @@ def measure_slice(args) -> dict:
     with torch.inference_mode():
         texture, answer = quick.texture(n), {}
         calls = {"float64, NCHW (released)": lambda: answer.update(float64=exact(h64, n64, *arguments)), "float32, NCHW": lambda: plain(h, n, *arguments), "autocast, channels last": autocast,
-                 "folded": lambda: answer.update(folded=quick(h, n, *arguments)), "folded, texture given": lambda: quick.paint(h, texture, ends), "bare convolutions": bare(quick, h, n, *arguments),
+                 "folded": lambda: answer.update(folded=quick(h, n, *arguments)), "folded, texture given": lambda: quick.paint(h, texture, (1.0, 1.0), ends), "bare convolutions": bare(quick, h, n, *arguments),
                  "ours, folded": lambda: ours(h, n, *arguments), "ours, bare convolutions": bare(ours, h, n, *arguments)}
         times = take_turns(calls, args.repeats, args.device)
     found = say(f"one slice of 512 x 512, released generator of width 64, {torch.get_num_threads()} threads, {compute.dtype}", times,
@@ -160,7 +160,7 @@ def measure_step(args) -> dict:
     calls = {}
     for name, kind in (("step through the attacker", ProtectTask), ("step without it", WithoutAttacker)):
         torch.manual_seed(0)
-        nets = (Protector(config.width, blocks=config.blocks, gain=config.gain).to(compute.device), ProtectorDiscriminator(config.d_width, "ours").to(compute.device))
+        nets = (Protector(config.width, blocks=config.blocks).to(compute.device), ProtectorDiscriminator(config.d_width, "ours").to(compute.device))
         task = kind(*nets, attacker, config)
         def step(task=task):
             with compute.autocast(): task.update(batch, lambda loss: loss.backward())

@@ -150,7 +150,7 @@ def run_chain(
         forged = forge(real, places, attacker, config.seed)
         words.append(f"{int((forged.hu != real.hu).sum()):,} voxels changed")
     with clock.step("protect", "protected the real scan") as words:
-        protected = protector.protect(real, seed=config.seed)
+        protected = protector.protect(real, seed=config.seed, compute=compute)
         words.append(f"largest change {np_abs_max(protected.hu, real.hu)} HU")
     with clock.step("forge_protected", "forged the protected scan") as words:
         both = forge(protected, places, attacker, config.seed)
@@ -763,9 +763,10 @@ def mits_train(
     parser = argparse.ArgumentParser("mits_train", description="Train one of the three systems. Order matters: the protector and the detector are trained against the attacker's weights.")
     parser.add_argument("part", choices=("attack", "protect", "detect"))
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="size of network, data and training (default: %(default)s)")
-    parser.add_argument("--variant", choices=PROTECTORS, help="protect: plain (MITS-GAN of chapter 11), robust (the same, trained against attackers who clean the scan first) or tafim (chapter 12) (default: plain)")
+    parser.add_argument("--variant", choices=[v for part in VARIANTS.values() for v in part], help="attack: film or zeros, what stands in the hole before it is filled (chapter 9; default: the preset's). "
+                        "protect: plain (MITS-GAN of chapter 11), robust (the same, trained against attackers who clean the scan first) or tafim (chapter 12) (default: plain)")
     parser.add_argument("--out", help="folder for the weights (default: outputs/weights/NAME)")
-    parser.add_argument("--attacker", help="weights to train against, for protect and detect (default: ctgan-PRESET)")
+    parser.add_argument("--attacker", action="append", metavar="NAME", help="weights to train against, for protect and detect; may be repeated for MITS-GAN, which then meets them all (default: ctgan-PRESET; with the preset tiny, MITS-GAN also meets ctgan-zeros-tiny, the attacker as published, and TAFIM only that one)")
     parser.add_argument("--protector", help="weights whose honest output the detector must not take for a forgery (default: mitsgan-PRESET)")
     parser.add_argument("--data", help="folder of real scans to train on besides phantoms (default: the variable MITS_DATA)")
     parser.add_argument("--seed", type=int, default=0)
@@ -774,17 +775,20 @@ def mits_train(
     return guarded(lambda: run_train(parser.parse_args(argv)))
 
 # %% ../nbs/21_cli.ipynb #f40e4529
-PROTECTORS = {"plain": "mitsgan", "robust": "mitsgan-robust", "tafim": "tafim"}  # kind of protector -> what the names of its weights begin with
+VARIANTS = {"attack": {"film": "ctgan", "zeros": "ctgan-zeros"}, "protect": {"plain": "mitsgan", "robust": "mitsgan-robust", "tafim": "tafim"}, "detect": {}}  # part -> variant -> what the names of its weights begin with
 
 # %% ../nbs/21_cli.ipynb #89179988
-def load_attacker(
-    weights: str | None, # Name or folder; None for those of the preset
-    preset: str, # "tiny" or "full"
-): # A `CTGAN`
-    "The attacker that a protector or a detector is trained against. Raises `WeightsError` that says how to get one."
+def load_attackers(
+    args: argparse.Namespace, # Parsed words: part, variant, preset, attacker
+) -> list: # Of `CTGAN`
+    "The attackers that a protector or a detector is trained against. Raises `WeightsError` that says how to get one, `UsageError` for several where one is needed."
     from mits_nb.attack.ctgan import CTGAN
-    try: return CTGAN.from_pretrained(weights or f"ctgan-{preset}")
-    except WeightsError as error: raise WeightsError(f"{error}; or train the attacker first (mits_train attack --preset {preset}) and name its folder with --attacker") from error
+    several = args.part == "protect" and args.variant != "tafim"
+    if len(args.attacker or ()) > 1 and not several: raise UsageError("only MITS-GAN is trained against several attackers: give --attacker once")
+    tiny = {"plain": ["ctgan-tiny", "ctgan-zeros-tiny"], "robust": ["ctgan-tiny", "ctgan-zeros-tiny"], "tafim": ["ctgan-zeros-tiny"]}.get(args.variant or "plain") if args.part == "protect" else None
+    names = args.attacker or (tiny if tiny and args.preset == "tiny" else [f"ctgan-{args.preset}"])
+    try: return [CTGAN.from_pretrained(name) for name in names]
+    except WeightsError as error: raise WeightsError(f"{error}; or train the attacker first (mits_train attack --preset {args.preset}) and name its folder with --attacker") from error
 
 # %% ../nbs/21_cli.ipynb #edd3737a
 def run_train(
@@ -792,26 +796,27 @@ def run_train(
 ) -> Path: # Folder of the weights
     "Call the training function of a part and check its output folder first."
     if args.part != "attack" and (args.hold_out or args.pictures): raise UsageError("--hold-out and --pictures belong to mits_train attack")
-    if args.part != "protect" and args.variant: raise UsageError("--variant belongs to mits_train protect")
+    if args.variant and args.variant not in VARIANTS[args.part]: raise UsageError(f"mits_train {args.part} has no variant {args.variant!r}" + (f": use {' or '.join(VARIANTS[args.part])}" if VARIANTS[args.part] else ""))
     if args.data is not None and not Path(args.data).is_dir(): raise UsageError(f"{args.data} is not a folder of scans: check --data")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(pick_compute().why)
-    if args.part != "attack": attacker = load_attacker(args.attacker, args.preset)
-    name = {"attack": "ctgan", "protect": PROTECTORS[args.variant or "plain"], "detect": "cascade"}[args.part]
+    if args.part != "attack": attackers = load_attackers(args)
+    name = VARIANTS[args.part].get(args.variant or {"attack": "film", "protect": "plain"}.get(args.part), "cascade")
     out = Path(args.out or f"outputs/weights/{name}-{args.preset}")
     common = dict(preset=args.preset, out=check_output(out), data=args.data, seed=args.seed)
     if args.part == "attack":
-        from mits_nb.attack.ctgan import train_ctgan
-        train_ctgan(**common, pictures=args.pictures, **({"held_out": tuple(args.hold_out)} if args.hold_out else {}))
+        from mits_nb.attack.ctgan import ZEROS, train_ctgan
+        start = {"zeros": ZEROS, "film": {"start": "film"}}.get(args.variant, {})
+        train_ctgan(**common, pictures=args.pictures, **start, **({"held_out": tuple(args.hold_out)} if args.hold_out else {}))
     else:
         if args.part == "protect":
             from mits_nb.protect.mitsgan import ROBUST, train_mitsgan
             from mits_nb.protect.rivals import train_tafim
-            if args.variant == "tafim": train_tafim(attacker=attacker, **common)
-            else: train_mitsgan(attacker=attacker, **common, **(ROBUST if args.variant == "robust" else {}))
+            if args.variant == "tafim": train_tafim(attacker=attackers[0], **common)
+            else: train_mitsgan(attacker=attackers, **common, **(ROBUST if args.variant == "robust" else {}))
         else:
             from mits_nb.detect.cascade import train_cascade
             from mits_nb.protect.mitsgan import MitsGAN
-            train_cascade(attacker=attacker, protector=MitsGAN.from_pretrained(args.protector or f"mitsgan-{args.preset}"), **common)
+            train_cascade(attacker=attackers[0], protector=MitsGAN.from_pretrained(args.protector or f"mitsgan-{args.preset}"), **common)
     print(f"weights in {out}")
     return out

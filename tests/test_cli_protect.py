@@ -184,18 +184,34 @@ def test_training_without_an_attacker_says_how_to_get_one(part, tmp_path, capsys
 
 def test_training_calls_the_recipe_of_the_variant(tmp_path, capsys, monkeypatch):
     from mits_nb.attack.ctgan import CTGAN
-    from mits_nb.core import TrainError
     from mits_nb.protect import mitsgan
     calls = []
     monkeypatch.setattr(mitsgan, "train_mitsgan", lambda **words: calls.append(words))
     for words in ([], ["--variant", "plain"]): assert mits_train(["protect", *words, "--out", str(tmp_path / "w"), "--seed", "3"]) == 0
-    assert all(c["preset"] == "tiny" and c["seed"] == 3 and c["out"] == tmp_path / "w" and isinstance(c["attacker"], CTGAN) for c in calls) and len(calls) == 2
+    assert all(c["preset"] == "tiny" and c["seed"] == 3 and c["out"] == tmp_path / "w" and [type(a) for a in c["attacker"]] == [CTGAN, CTGAN] for c in calls) and len(calls) == 2
+    assert [a.settings.start for a in calls[0]["attacker"]] == ["film", "zeros"]
+    assert mits_train(["protect", "--attacker", "ctgan-zeros-tiny", "--out", str(tmp_path / "w")]) == 0 and [a.settings.start for a in calls.pop()["attacker"]] == ["zeros"]
     assert mits_train(["protect", "--variant", "robust", "--out", str(tmp_path / "w")]) == 0 and set(calls[2]) == set(calls[0]) | set(mitsgan.ROBUST)
     from mits_nb.protect import rivals
     monkeypatch.setattr(rivals, "train_tafim", lambda **words: calls.append(words))
     monkeypatch.chdir(tmp_path)
-    assert mits_train(["protect", "--variant", "tafim"]) == 0 and calls[3]["out"].as_posix() == "outputs/weights/tafim-tiny" and len(calls) == 4
-    assert mits_train(["attack", "--variant", "plain"]) == 2 and "--variant" in capsys.readouterr().err
+    assert mits_train(["protect", "--variant", "tafim"]) == 0 and calls[3]["out"].as_posix() == "outputs/weights/tafim-tiny" and len(calls) == 4 and calls[3]["attacker"].settings.start == "zeros"
+    assert mits_train(["protect", "--variant", "tafim", "--attacker", "ctgan-tiny", "--attacker", "ctgan-zeros-tiny"]) == 2 and "--attacker once" in capsys.readouterr().err
+    for part, variant in (("attack", "plain"), ("protect", "zeros"), ("detect", "plain")): assert mits_train([part, "--variant", variant]) == 2 and f"no variant '{variant}'" in capsys.readouterr().err
+
+
+def test_training_the_attacker_as_published(tmp_path, monkeypatch):
+    from mits_nb.attack import ctgan
+    calls = []
+    monkeypatch.setattr(ctgan, "train_ctgan", lambda **words: calls.append(words))
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["--variant", "film"], ["--variant", "zeros"]): assert mits_train(["attack", *words]) == 0
+    assert [c["out"].name for c in calls] == ["ctgan-tiny", "ctgan-tiny", "ctgan-zeros-tiny"] and [c.get("start") for c in calls] == [None, "film", "zeros"] and calls[2]["remover"] == {}
+
+
+def test_a_training_that_fails_is_one_sentence(tmp_path, capsys, monkeypatch):
+    from mits_nb.core import TrainError
+    from mits_nb.protect import mitsgan
     def faint(**words): raise TrainError("loss 'damage [dB]' is nan after step 40: lower the learning rate, or train in float32")
     monkeypatch.setattr(mitsgan, "train_mitsgan", faint)
     assert mits_train(["protect", "--out", str(tmp_path / "w")]) == 2 and "nan after step 40" in capsys.readouterr().err.strip().splitlines()[-1]
@@ -214,7 +230,7 @@ def test_real_series(data_dir, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     real, back = read_scan(folder), read_scan(out)
     change = back.hu.astype(int) - real.hu
-    assert is_protected(back) and np.abs(change).max() <= 30 and all((c != 0).any() for c in change)
+    assert is_protected(back) and np.abs(change).max() <= 88 and all((c != 0).any() for c in change)
     assert np.array_equal(back.hu < -1024, real.hu < -1024) and not change[real.hu < -1024].any()  # padding is padding
     reader = sitk.ImageSeriesReader()
     def open_elsewhere(path):

@@ -8,11 +8,12 @@ import torch
 
 from conftest import ToyAttacker
 from mits_nb.attack.nets import n_trainable
+from mits_nb.attack.tamper import Tampering
 from mits_nb.core import ScanError, TrainError, UsageError, WeightsError, pick_compute, torch_rng
 from mits_nb.gan import checkpoints, read_checkpoint
 from mits_nb.protect.mitsgan import (MitsGAN, MitsganConfig, NoiseNet, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, check_hu, cuboid_crop,
-                                     evaluate_protection, finish_slices, folded, is_protected, lung_doubts, lung_weight, middle_box, round_through, search_wave,
-                                     summarise_protection, train_mitsgan)
+                                     evaluate_protection, finish_slices, folded, is_protected, local_mean, lung_doubts, lung_weight, middle_box, round_through, search_wave,
+                                     summarise_protection, train_mitsgan, with_masks)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def protector():
     return net.eval()
 
 
-SHORT = dict(width=8, blocks=1, steps=2, places=2, places_per_scan=8, d_width=4, periods_mm=(3.0,))
+SHORT = dict(width=8, blocks=1, steps=2, places=2, places_per_scan=8, d_width=4, search=(1, 1, 1))
 
 
 def test_parameter_counts_of_the_published_networks():
@@ -59,7 +60,8 @@ def test_bad_settings_are_named(wrong):
 def test_ours_is_bounded_for_any_size(protector, size):
     hu = -800 + 200 * torch.randn(2, 1, *size, generator=torch_rng(0))
     with torch.no_grad(): out = protector(hu, torch.randn(2, 1, *size, generator=torch_rng(1)), (0.7, 0.7))
-    assert out.shape == hu.shape and 0 < (out - hu).abs().max() <= protector.strength_hu + 1e-3
+    assert out.shape == hu.shape and (out - hu).abs().max() <= protector.strength_hu + 1e-3
+    assert (out != hu).any() or size == (1, 1), "a single pixel is its own mean"
 
 
 def test_rounding_is_straight_through():
@@ -80,7 +82,7 @@ def test_lung_weight_is_full_in_lung_and_low_elsewhere():
     hu = torch.full((1, 1, 96, 96), 40.0)
     hu[..., 48:] = -850
     weight = lung_weight(hu)
-    assert weight.shape == hu.shape and weight[0, 0, 48, 90] == 1 and weight[0, 0, 48, 5] == pytest.approx(0.2)
+    assert weight.shape == hu.shape and weight[0, 0, 48, 90] == 1 and weight[0, 0, 48, 5] == 0
 
 
 def test_protect_is_whole_hu_bounded_deterministic_and_pure(protector, phantom):
@@ -154,7 +156,7 @@ def test_one_texture_serves_all_slices(variant):
     net = trained(variant)
     hu, noise, phase = -700 + 300 * torch.randn(3, 1, 20, 24, generator=torch_rng(0)), torch.randn(1, 1, 20, 24, generator=torch_rng(1)), torch.tensor([.3])
     with torch.no_grad():
-        one = net.paint(hu, net.texture(noise, (.7, .9), phase), (-2000.0, 500.0))
+        one = net.paint(hu, net.texture(noise, (.7, .9), phase), (.7, .9), (-2000.0, 500.0))
         each = net(hu, noise.expand(3, -1, -1, -1), (.7, .9), phase.expand(3), (-2000.0, 500.0))
     assert torch.allclose(one, each, atol=1e-3)
 
@@ -184,7 +186,7 @@ def test_constant_scans(variant, value, phantom):
     flat = np.full((2, 40, 40), value, np.int16)
     out = MitsGAN(trained(variant)).protect(replace(phantom[0], hu=flat))
     if variant != "ours" or value == -2048: assert np.array_equal(out.hu, flat)  # no range to scale by; padding
-    else: assert np.abs(out.hu.astype(int) - value).max() <= 30 and (value == -1024 or (out.hu != value).any())
+    else: assert np.abs(out.hu.astype(int) - value).max() <= 88 and (value == -1024 or (out.hu != value).any())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -312,19 +314,50 @@ def test_the_gradient_passes_through_the_attacker(phantom):
 
 
 def test_search_keeps_the_wave_that_damages_most(phantom):
-    config = MitsganConfig(**{**SHORT, "periods_mm": (5.0, 9.0)})
+    config = MitsganConfig(**{**SHORT, "search": (2, 2, 1)})
     task = ProtectTask(Protector(8, blocks=1), ProtectorDiscriminator(4, "ours"), ToyAttacker(), config)
-    rows = search_wave(task, PlaceBatches([phantom[0]], config), rounds=1)
-    assert len(rows) == 4 and rows[0]["damage_db"] == max(r["damage_db"] for r in rows)
-    assert task.networks["protector"].pattern.wave.abs().max().item() == pytest.approx(1 / rows[0]["period_mm"])
+    rows = search_wave(task, PlaceBatches([phantom[0]], config))
+    assert len(rows) == 4 and {r["degrees"] for r in rows} == {0.0, 90.0} and {round(r["period_mm"], 3) for r in rows} == {2.7, 12.0} and rows[0]["damage_db"] == max(r["damage_db"] for r in rows)
+    wave = task.networks["protector"].pattern.wave
+    assert wave.norm().item() == pytest.approx(1 / rows[0]["period_mm"], rel=1e-5) and np.degrees(np.arctan2(*wave.tolist())) == pytest.approx(rows[0]["degrees"], abs=1e-3)
+    with pytest.raises(UsageError, match="at least one"): search_wave(ProtectTask(task.networks["protector"], task.networks["discriminator"], ToyAttacker(), MitsganConfig(**{**SHORT, "search": (0, 1, 1)})), None)
 
 
-@pytest.mark.parametrize("variant", ["ours", "released"])
+def test_nothing_as_large_as_a_nodule_becomes_brighter_or_darker(phantom):
+    net = trained("ours")
+    torch.nn.init.constant_(net.body[-2].bias, 0.8)  # a network that would like to raise everything, and whose wave is clipped on one side
+    scan = phantom[0]
+    change = MitsGAN(net).protect(scan).hu - scan.hu.astype(float)
+    lung = (scan.hu > -980) & (scan.hu < -500)
+    assert np.abs(change).max() > 10 and abs(change[lung].mean()) < 0.05 * np.abs(change[lung]).mean()
+    ones = torch.ones(1, 1, 30, 33)
+    assert torch.allclose(local_mean(ones, (.7, .9), 12.0), ones), "also at the border"
+    wide = torch.zeros(1, 1, 160, 160); wide[..., :80] = 1.0
+    smooth = local_mean(wide, (1.0, 1.0), 12.0)[0, 0, 80]
+    assert smooth[60] == 1 and smooth[100] == 0 and 0.3 < smooth[80] < 0.7
+
+
+def test_attackers_are_tried_with_every_mask():
+    attacker = ToyAttacker(); attacker.settings = Tampering()
+    twins = with_masks([attacker], (20, 16))
+    assert [t.settings.mask for t in twins] == [20, 16] and twins[0].injector is attacker.injector and attacker.settings.mask == Tampering().mask
+    assert with_masks([attacker], ()) == [attacker]
+
+
+def test_without_the_path_through_the_attacker_only_the_scan_itself_is_pushed(phantom):
+    attacker, config = ToyAttacker(), MitsganConfig(**SHORT, through=False)
+    task = ProtectTask(Protector(8, blocks=1), ProtectorDiscriminator(4, "ours"), attacker, config)
+    batch = PlaceBatches([phantom[0]], config)(0, torch_rng(0))
+    protected = task.protect(batch).detach().requires_grad_(True)
+    slope, = torch.autograd.grad(task.damage(batch, protected)[0], protected)
+    boxes = torch.zeros(protected.shape, dtype=torch.bool)
+    for i, at in enumerate(batch["at"].tolist()): boxes[(i, *middle_box(at, tuple(batch["spacing"].tolist()), protected.shape[1:]))] = True
+    assert slope[boxes].any() and not slope[~boxes].any()
+
+
+@pytest.mark.parametrize("variant", ["ours", "paper", "released"])
 def test_training_writes_weights_that_load_and_repeats_itself(variant, phantom, tmp_path):
     train = lambda out: train_mitsgan("tiny", out, ToyAttacker(), data=[phantom[0]], seed=2, variant=variant, **SHORT)
-    if variant == "released":  # its discriminator knows one size only
-        with pytest.raises((UsageError, RuntimeError)): train(None)
-        return
     first, second = train(tmp_path / "a"), train(None)
     assert all(torch.equal(a, b) for a, b in zip(first.protector.state_dict().values(), second.protector.state_dict().values()))
     loaded = MitsGAN.from_pretrained(tmp_path / "a")

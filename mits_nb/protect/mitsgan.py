@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROBUST', 'NoiseNet', 'ResidualBlock', 'round_through', 'published_body', 'residual_body', 'Pattern', 'lung_weight',
-           'Protector', 'finish_slices', 'ProtectorDiscriminator', 'MitsganConfig', 'cuboid_crop', 'PlaceBatches',
-           'draw_noise', 'ProtectTask', 'search_wave', 'middle_box', 'Cast', 'folded', 'check_hu', 'lung_doubts',
-           'MitsGAN', 'is_protected', 'training_scans', 'train_mitsgan', 'evaluate_protection', 'summarise_protection']
+           'local_mean', 'Protector', 'finish_slices', 'ProtectorDiscriminator', 'MitsganConfig', 'cuboid_crop',
+           'PlaceBatches', 'draw_noise', 'with_masks', 'ProtectTask', 'search_wave', 'middle_box', 'Cast', 'folded',
+           'check_hu', 'lung_doubts', 'MitsGAN', 'is_protected', 'training_scans', 'train_mitsgan',
+           'evaluate_protection', 'summarise_protection']
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #7019d74e
 import copy, logging, math, shutil, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, ClassVar
@@ -91,13 +92,13 @@ def residual_body(
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #5c446963
 class Pattern(nn.Module):
-    "A plane wave in the plane of the slice, the same in every slice; its wave vector is learnt, its phase belongs to the seed."
+    "A plane wave in the plane of the slice, the same in every slice; its wave vector is searched before the training, its phase belongs to the seed."
     def __init__(
         self,
         wave: tuple[float, float] = (0.3, 0.0), # Cycles per mm along y and x
     ):
         super().__init__()
-        self.wave = nn.Parameter(torch.tensor(wave, dtype=torch.float32))
+        self.register_buffer("wave", torch.tensor(wave, dtype=torch.float32))  # no parameter: far from the origin a tiny turn moves every crest
 
     def forward(
         self,
@@ -112,15 +113,28 @@ class Pattern(nn.Module):
 # %% ../../nbs/11_protect.mitsgan.ipynb #9644793e
 def lung_weight(
     hu: Tensor, # (B, 1, H, W) HU
-    floor: float = 0.2, # Weight far from lung tissue
-) -> Tensor: # (B, 1, H, W) between floor and 1
-    "Where the change may have its full strength: pixels with enough lung tissue (-980 to -500 HU) within about a dozen pixels."
+    floor: float = 0.05, # Weight far from lung tissue
+) -> Tensor: # (B, 1, H, W) between 0 and 1
+    "Where the change may have its full strength: pixels with enough lung tissue (-980 to -500 HU) within about a dozen pixels. It fades between -600 and -450 HU; denser tissue is left alone."
     lung = ((hu > -980) & (hu < -500)).float()
     share = F.avg_pool2d(F.avg_pool2d(lung, 4, ceil_mode=True, count_include_pad=False), 7, 1, 3, count_include_pad=False)
     share = F.interpolate(share, scale_factor=4, mode="bilinear")[..., :hu.shape[-2], :hu.shape[-1]]
-    return (3 * share).clamp(floor, 1)
+    return (3 * share).clamp(floor, 1) * ((-450 - hu) / 150).clamp(0, 1)
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #0d74ba2b
+def local_mean(
+    change: Tensor, # (B, 1, H, W)
+    spacing: tuple[float, float], # (y, x) mm
+    reach_mm: float, # Edge of the neighbourhood
+) -> Tensor: # (B, 1, H, W)
+    "Mean over a square neighbourhood, computed on every fourth pixel: what must not be there if nothing is to become brighter or darker."
+    small = F.avg_pool2d(change, 4, ceil_mode=True, count_include_pad=False)
+    half = [round(reach_mm / step / 8) for step in spacing]
+    for window, pad in (((2 * half[0] + 1, 1), (half[0], 0)), ((1, 2 * half[1] + 1), (0, half[1]))):
+        small = F.avg_pool2d(small, window, 1, pad, count_include_pad=False)
+    return F.interpolate(small, scale_factor=4, mode="bilinear")[..., :change.shape[-2], :change.shape[-1]]
+
+# %% ../../nbs/11_protect.mitsgan.ipynb #2cf4d33e
 class Protector(HubNet):
     "Generator G of MITS-GAN on slices in HU, fully convolutional. Raises `UsageError` for an unknown variant or noise."
     def __init__(
@@ -130,14 +144,14 @@ class Protector(HubNet):
         strength_hu: float = 30.0, # Bound of the change in HU ("ours" only: the published networks have none)
         blocks: int = 4, # Residual blocks ("ours" only; the published networks have 3)
         noise: str = "gaussian", # `"gaussian"` (paper) or `"uniform"` (released)
-        wave: tuple[float, float] = (0.3, 0.0), # Cycles per mm of the pattern before training ("ours" only)
-        gain: float = 2.0, # The pattern enters the tanh with this factor ("ours" only)
+        wave: tuple[float, float] = (0.3, 0.0), # Cycles per mm of the pattern along y and x ("ours" only; a search replaces it)
+        quiet_mm: float = 12.0, # The change has no mean over squares of this size ("ours" only)
     ):
         super().__init__()
         if variant not in ("paper", "released", "ours"): raise UsageError(f"unknown variant {variant!r} of the protector: use 'paper', 'released' or 'ours'")
         if noise not in ("gaussian", "uniform"): raise UsageError(f"unknown noise {noise!r}: use 'gaussian' or 'uniform'")
         if not strength_hu > 0: raise UsageError(f"strength_hu is {strength_hu}: the bound of the change must be positive")
-        self.variant, self.strength_hu, self.noise, self.gain = variant, float(strength_hu), noise, float(gain)
+        self.variant, self.strength_hu, self.noise, self.quiet_mm = variant, float(strength_hu), noise, float(quiet_mm)
         if variant == "ours": self.pattern, self.body = Pattern(wave), residual_body(width, blocks)
         else: self.noise_net, self.body = NoiseNet(), published_body(width, variant)
 
@@ -149,7 +163,7 @@ class Protector(HubNet):
         phase: Tensor | None = None, # (B,) of the pattern, 0 to 1 ("ours"); None for zero
         value_range: tuple[float, float] | None = None, # HU that map to -1 and 1 ("paper", "released"); None takes those of `hu`
     ) -> Tensor: # Protected slices (B, 1, H, W) in HU, not yet rounded
-        return self.paint(hu, self.texture(noise, spacing, phase), value_range)
+        return self.paint(hu, self.texture(noise, spacing, phase), spacing, value_range)
 
     def texture(
         self,
@@ -165,6 +179,7 @@ class Protector(HubNet):
         self,
         hu: Tensor, # Slices (B, 1, H, W) in HU, any H and W
         texture: Tensor, # From `texture`: one for each slice, or one for all
+        spacing: tuple[float, float] = (1.0, 1.0), # (y, x) mm ("ours")
         value_range: tuple[float, float] | None = None, # As in `forward`
     ) -> Tensor: # Protected slices (B, 1, H, W) in HU, not yet rounded
         "Protect slices with a texture that is there already."
@@ -173,7 +188,8 @@ class Protector(HubNet):
         height, width = hu.shape[-2:]
         inputs = torch.cat([((hu + 600) / 750).clamp(-1.5, 1.5), texture], 1)  # the lung window fills [-1, 1]
         if height % 4 or width % 4: inputs = F.pad(inputs, (0, -width % 4, 0, -height % 4), mode="replicate")
-        change = torch.tanh(self.gain * texture[:, 1:] + self.body(inputs)[..., :height, :width].float())
+        t = (texture[:, 1:] + self.body(inputs)[..., :height, :width].float()).clamp(-1, 1)
+        change = (t - local_mean(t, spacing, self.quiet_mm)) / 2  # clip first: the other way round, clipping brings a mean back
         return hu + (self.strength_hu * lung_weight(hu) * change).to(hu.dtype)
 
     def _published(self, hu: Tensor, texture: Tensor, value_range: tuple[float, float]) -> Tensor:
@@ -220,25 +236,26 @@ class MitsganConfig:
     variant: str = "ours" # Networks: "paper", "released" or "ours"
     width: int = 32 # Channels of the generator (paper: 64)
     blocks: int = 4 # Residual blocks of our generator (paper: 3)
-    strength_hu: float = 30.0 # Bound of the change (paper: none)
-    gain: float = 1.0 # Of our pattern before the tanh
-    periods_mm: tuple[float, ...] = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0) # Searched for our pattern, along y and along x
+    strength_hu: float = 88.0 # Bound of the change (paper: none)
+    band_mm: tuple[float, float] = (2.7, 12.0) # Wavelengths among which our pattern is searched; the change has no mean over squares of the longer one
+    search: tuple[int, int, int] = (8, 12, 2) # Wavelengths, directions, and batches on which each wave is tried
     noise: str = "gaussian" # Noise (paper: Gaussian; released: uniform)
-    d_width: int = 16 # First layer of our discriminator (released: 1)
-    alpha: float = 30.0 # Weight of 10 dB of damage against looking untouched (paper: 0.2 to 1, released: 0.1, of a squared error)
+    d_width: int = 16 # First layer of the discriminator of patches; the published one judges whole slices of 512 x 512 (first layer 1)
+    alpha: float = 300.0 # Weight of 10 dB of damage against looking untouched (paper: 0.2 to 1, released: 0.1, of a squared error)
     goal_weight: float = 0.5 # Damage measured from the attacker's goal M(x); the rest from the real scan x
-    fidelity: float = 0.0 # Weight of the mean squared change in units of strength_hu (paper: none)
-    steps: int = 120 # Updates (paper: 20 epochs)
+    fidelity: float = 100.0 # Weight of the mean squared change in units of strength_hu (paper: none)
+    steps: int = 400 # Updates (paper: 20 epochs)
     places: int = 4 # Places in an update (paper: batch of 16 slices)
     margin_px: int = 16 # Pixels of context around the cuboid in a crop
     lr: float = 5e-4 # Adam, generator (paper: 2e-4), falls to zero along a cosine
-    wave_lr: float = 5e-4 # Adam, our pattern's wave vector, cycles per mm
     d_lr: float = 2e-4 # Adam, discriminator (paper: 2e-4)
     betas: tuple[float, float] = (0.5, 0.999) # Adam (paper: the same)
+    through: bool = True # Let the gradient of the damage pass through the attacker (released: no)
     phantoms: int = 2 # Phantoms in the training set
     places_per_scan: int = 200 # Lung places drawn from each scan
     cleanings: tuple[str, ...] = () # Of chapter 10: what an attacker may do to the scan first, drawn anew for each place (paper: nothing)
     untouched: float = 0.25 # How often nothing is done, where there are cleanings
+    masks: tuple[int, ...] = () # Edges in mm of the hole that each attacker is tried with; (): each his own
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {},
         "full": dict(width=64, blocks=6, steps=40_000, lr=2e-4, places=16, phantoms=0, places_per_scan=2000),
@@ -307,9 +324,20 @@ def draw_noise(
     return (torch.randn if kind == "gaussian" else torch.rand)(shape, generator=generator)
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #f9e6cc26
-ROBUST = dict(cleanings=tuple(CLEANINGS), periods_mm=(4.0, 5.0, 6.0, 8.0, 10.0)) # For `train_mitsgan(..., **ROBUST)`: every cleaning, and waves long enough to survive a blur
+ROBUST = dict(cleanings=tuple(CLEANINGS), band_mm=(4.5, 9.0), masks=(20, 16)) # For `train_mitsgan(..., **ROBUST)`: every cleaning, both holes, and waves long enough to survive a blur
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #5f1e11a9
+def with_masks(
+    attackers: list, # Each has `settings`, a `Tampering`
+    masks: tuple[int, ...], # Edges of the hole in mm; () leaves the attackers as they are
+) -> list: # Every attacker with every mask; networks are shared, not copied
+    "Attackers who empty a larger or smaller hole than they were trained for."
+    if not masks: return list(attackers)
+    twins = [(copy.copy(attacker), mask) for attacker in attackers for mask in masks]
+    for twin, mask in twins: twin.settings = replace(twin.settings, mask=mask)
+    return [twin for twin, _ in twins]
+
+# %% ../../nbs/11_protect.mitsgan.ipynb #d838779a
 class ProtectTask(Task):
     "One update of D and G against a frozen attacker."
     actions = ("inject", "remove")
@@ -322,14 +350,10 @@ class ProtectTask(Task):
         config: MitsganConfig, # Weights and rates
     ):
         adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr=lr, betas=config.betas)
-        self.attackers = attacker if isinstance(attacker, (list, tuple)) else [attacker]
+        self.attackers = with_masks(attacker if isinstance(attacker, (list, tuple)) else [attacker], config.masks)
         frozen = {f"{name} {i}": net for i, a in enumerate(self.attackers) for name in ("injector", "remover") if isinstance(net := getattr(a, name, None), nn.Module)}
         for net in frozen.values(): net.requires_grad_(False).eval()
         optimizers = {"protector": adam(protector, config.lr), "discriminator": adam(discriminator, config.d_lr)}
-        if protector.variant == "ours":
-            rest = [p for name, p in protector.named_parameters() if name != "pattern.wave"]
-            optimizers["protector"] = torch.optim.Adam([{"params": rest, "lr": config.lr}, {"params": [protector.pattern.wave], "lr": config.wave_lr}], betas=config.betas)
-        self.rates = [group["lr"] for group in optimizers["protector"].param_groups]
         super().__init__({"protector": protector, "discriminator": discriminator}, optimizers, frozen)
         self.config = config
 
@@ -367,13 +391,14 @@ class ProtectTask(Task):
             with torch.no_grad(): goal = self.attack(batch, i, x)[box]
             forged = self.attack(batch, i, xp)[box]
             from_real = forgery_damage(forged, x[box])
-            total = total + (1 - c.goal_weight) * from_real + c.goal_weight * forgery_damage(forged, goal)
+            if c.through: total = total + (1 - c.goal_weight) * from_real + c.goal_weight * forgery_damage(forged, goal)
+            else: total = total + forgery_damage(forged.detach(), xp[box])  # L_m as released: x^p moves away from a forgery that stands still
             lost[self.action(batch, i)].append(from_real.detach() - forgery_damage(goal, x[box]))
         return total / len(protected), {f"{action} lost [dB]": torch.stack(values).mean() for action, values in lost.items() if values}
 
     def update(self, batch: dict, backward: Callable) -> dict[str, Tensor]:
         c, hu = self.config, batch["hu"]
-        for group, rate in zip(self.optimizers["protector"].param_groups, self.rates): group["lr"] = rate * (1 + math.cos(math.pi * min(self.step / c.steps, 1))) / 2
+        self.optimizers["protector"].param_groups[0]["lr"] = c.lr * (1 + math.cos(math.pi * min(self.step / c.steps, 1))) / 2
         protected = self.protect(batch)
         d_loss = self.update_discriminator(hu, protected, backward)
         damage, lost = self.damage(batch, protected)
@@ -390,21 +415,26 @@ def search_wave(
     task: ProtectTask, # Its protector's pattern is set to the strongest wave
     batches: Callable, # (step, generator) -> batch
     seed: int = 0, # Of the places
-    rounds: int = 3, # Batches that each wave is tried on
-) -> list[dict]: # One row for each wave: period, axis and mean damage, best first
-    "Try plane waves of several periods along y and x on the same places, and keep the one that damages the forgeries most."
-    protector, rows = task.networks["protector"], []
-    tests = [batches(i, torch_rng(seed, "wave search", i)) for i in range(rounds)]
-    with task.evaluating(), pick_compute().autocast():
-        for period, axis in progress([(p, a) for p in task.config.periods_mm for a in (0, 1)], "searching the pattern"):
-            protector.pattern.wave.copy_(torch.tensor([1 / period, 0.0] if axis == 0 else [0.0, 1 / period]))
+) -> list[dict]: # One row for each finalist: period, direction and mean damage, best first
+    "Try plane waves of `band_mm` on the same places, the best eight again on four times as many, and keep the one that damages the forgeries most."
+    pattern, (lengths, directions, rounds) = task.networks["protector"].pattern, task.config.search
+    if min(lengths, directions, rounds) < 1: raise UsageError(f"search is {task.config.search}: give at least one wavelength, one direction and one batch")
+    periods = np.geomspace(*task.config.band_mm, lengths) if lengths > 1 else task.config.band_mm[:1]
+    waves = [{"period_mm": float(p), "degrees": 180.0 * k / directions} for p in periods for k in range(directions)]
+    def rank(waves, rounds, first, what):
+        tests, rows = [batches(i, torch_rng(seed, "wave search", i)) for i in range(first, first + rounds)], []
+        for wave in progress(waves, what):
+            turn = math.radians(wave["degrees"])
+            pattern.wave.copy_(torch.tensor([math.sin(turn), math.cos(turn)]) / wave["period_mm"])
             damage = [task.damage(b, task.protect(b))[0].item() for b in tests]
-            rows.append({"period_mm": period, "axis": "yx"[axis], "damage_db": sum(damage) / len(damage)})
-    rows.sort(key=lambda row: -row["damage_db"])
-    k = 1 / rows[0]["period_mm"]
-    protector.pattern.wave.copy_(torch.tensor([k, 0.0] if rows[0]["axis"] == "y" else [0.0, k]))
-    log.info("pattern: %s", rows[:3])
-    return rows
+            rows.append({**wave, "damage_db": sum(damage) / len(damage), "wave": pattern.wave.clone()})
+        return sorted(rows, key=lambda row: -row["damage_db"])
+    with task.evaluating(), pick_compute().autocast():
+        rows = rank(waves, rounds, 0, "searching the wave")
+        if len(rows) > 1: rows = rank([{key: row[key] for key in ("period_mm", "degrees")} for row in rows[:8]], 4 * rounds, rounds, "comparing the best")
+    pattern.wave.copy_(rows[0]["wave"])
+    log.info("wave: %s", [{key: round(row[key], 2) for key in ("period_mm", "degrees", "damage_db")} for row in rows[:3]])
+    return [{key: value for key, value in row.items() if key != "wave"} for row in rows]
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #1763d2b6
 def _for_discriminator(
@@ -479,6 +509,17 @@ def lung_doubts(
     return [] if lung_mask(thin).any() else ["no lung was found in this scan: the protector was trained on lungs, elsewhere its change is weak and nobody measured what it is worth"]
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #c2a43908
+def admit(
+    scan: "Scan", # What shall be protected
+    again: bool, # Protect it all the same
+) -> None:
+    "The gate of all protectors. Raise `UsageError` for a scan that carries a protection already, unless `again`; `ScanError` for values that are not finite."
+    if not again and is_protected(scan):
+        raise UsageError("this scan is protected already: protecting twice adds change without adding safety; pass again=True if you mean it")
+    if scan.hu.dtype.kind == "f" and not np.isfinite(scan.hu).all():
+        raise ScanError("this scan holds NaN or infinity: set such voxels to the padding value before protecting it")
+
+# %% ../../nbs/11_protect.mitsgan.ipynb #d2aec7fe
 class MitsGAN:
     "A trained protector, ready for scans."
     def __init__(
@@ -530,8 +571,7 @@ class MitsGAN:
         compute: Compute | None = None, # Device and precision; None for `pick_compute()`
     ) -> "Scan": # Same shape and dtype, whole HU, padding untouched
         "Protect every slice; a scan without lung is protected with a warning. Raises `ScanError` for values that are no HU, `UsageError` for a scan that carries a protection already, unless `again`."
-        if not again and is_protected(scan):
-            raise UsageError("this scan is protected already: protecting twice adds change without adding safety; pass again=True if you mean it")
+        admit(scan, again)
         check_hu(scan)
         for doubt in lung_doubts(scan): log.warning(doubt)
         compute, random = compute or pick_compute(), torch_rng(seed, "protect")
@@ -544,7 +584,7 @@ class MitsGAN:
             texture = net.texture(noise.to(compute.device), spacing, phase.to(compute.device))
             for first in progress(range(0, len(out), batch), "protecting"):
                 hu = torch.from_numpy(scan.hu[first:first + batch].astype(np.float32))[:, None].to(compute.device)
-                slices = finish_slices(net.paint(hu.clamp(min=-1024.0), texture, ends).float(), hu)
+                slices = finish_slices(net.paint(hu.clamp(min=-1024.0), texture, spacing, ends).float(), hu)
                 largest = max(largest, (slices - hu).abs().max().item())
                 out[first:first + len(hu)] = slices[:, 0].cpu().numpy().astype(out.dtype)
         strength = {"strength_hu": self.protector.strength_hu} if self.protector.variant == "ours" else {"largest_hu": largest}
@@ -582,8 +622,8 @@ def train_mitsgan(
     batches = PlaceBatches(list(data) if isinstance(data, (list, tuple)) else training_scans(config, data), config, seed)
     with own_random_state(torch.device("cpu")):
         torch.manual_seed(torch_rng(seed, "mitsgan weights").initial_seed())
-        protector = Protector(config.width, config.variant, config.strength_hu, config.blocks, config.noise, gain=config.gain)
-        discriminator = ProtectorDiscriminator(config.d_width if config.variant == "ours" else 1, config.variant)
+        protector = Protector(config.width, config.variant, config.strength_hu, config.blocks, config.noise, quiet_mm=config.band_mm[1])
+        discriminator = ProtectorDiscriminator(config.d_width, "ours")  # the published ones take nothing but 512 x 512; a crop is smaller
     task = ProtectTask(protector, discriminator, attacker, config)
     if config.variant == "ours": search_wave(task, batches, seed)
     started, work = time.perf_counter(), None if out is None else Path(out).with_name(Path(out).name + "-training")

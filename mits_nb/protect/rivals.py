@@ -19,25 +19,14 @@ from torch.nn import functional as F
 
 from ..attack.nets import HubNet, n_trainable
 from ..attack.tamper import as_places, check_place, cuboid_box
-from ..core import ScanError, TrainError, UsageError, atomic_dir, from_preset, pick_compute, progress, rng, torch_rng, weights_path
+from ..core import TrainError, UsageError, atomic_dir, from_preset, pick_compute, progress, rng, torch_rng, weights_path
 from ..gan import History, Task, fit, own_random_state
 from ..metrics import lung_window_image, rmse
 from .losses import forgery_damage
-from .mitsgan import MitsganConfig, PlaceBatches, ProtectTask, cuboid_crop, finish_slices, is_protected, middle_box, training_scans
+from .mitsgan import MitsganConfig, PlaceBatches, ProtectTask, admit, cuboid_crop, finish_slices, middle_box, training_scans
 
 # %% ../../nbs/12_protect.rivals.ipynb #c7905a54
 log = logging.getLogger("mits_nb")
-
-# %% ../../nbs/12_protect.rivals.ipynb #abfc642d
-def admit(
-    scan: "Scan", # What shall be protected
-    again: bool, # Protect it all the same
-) -> None:
-    "Raise `UsageError` for a scan that carries a protection already, unless `again`; `ScanError` for values that are not finite."
-    if not again and is_protected(scan):
-        raise UsageError("this scan is protected already: protecting twice adds change without adding safety; pass again=True if you mean it")
-    if scan.hu.dtype.kind == "f" and not np.isfinite(scan.hu).all():
-        raise ScanError("this scan holds NaN or infinity: set such voxels to the padding value before protecting it")
 
 # %% ../../nbs/12_protect.rivals.ipynb #2369f5ff
 class Nothing:
