@@ -22,7 +22,7 @@ from mits_nb.data import lung_mask, lung_places
 from mits_nb.phantom import make_phantom
 from mits_nb.protect.mitsgan import MitsGAN, with_masks
 from mits_nb.protect.rivals import GaussianNoise, Nothing, Pgd, Tafim
-from mits_nb.protect.sweep import (CLEANING_TESTS, PAPER_ALPHAS, Scaled, WIDER_ALPHAS, cleaning_table, front_figure, measure_protection, noise_spectra, protected_twin, protection_table, protector_name,
+from mits_nb.protect.sweep import (CLEANING_TESTS, PAPER_ALPHAS, Scaled, WIDER_ALPHAS, cleaning_table, measure_protection, noise_spectra, protected_twin, protection_table, protector_name,
                                    side_effects, sweep, train_alphas)
 
 
@@ -52,7 +52,7 @@ def measure_scan(a, source, mains, unseen):
         extra = dict(patient=source.name, extra={"attacker": name})
         found["rows"] += measure_protection(fixed, attacker, source.scan, places, ("nothing", "blur 0.7"), **extra)
         found["rows"] += measure_protection(scaled, attacker, source.scan, places[: 2 * a.few], **extra)
-        found["rows"] += measure_protection(climbers(attacker, few, a.bounds, a.climb), attacker, source.scan, few, ("nothing", "blur 0.7"), **extra)
+        if a.bounds: found["rows"] += measure_protection(climbers(attacker, few, a.bounds, a.climb), attacker, source.scan, few, ("nothing", "blur 0.7"), **extra)
         if not a.quick: found["cleanings"] += measure_protection(ours, attacker, source.scan, few, ("nothing", *rest), **extra)
     for name, attacker in unseen.items(): found["others"] += measure_protection([GaussianNoise(a.noise), *ours], attacker, source.scan, places[: 2 * a.few], patient=source.name, extra={"attacker": name})
     for p in fixed[1:]:
@@ -78,10 +78,10 @@ def measure(a):
     found = [measure_scan(a, scans[i], mains, unseen) for i in (range(len(scans)) if a.scans is None else a.scans)]
     joined = {key: [row for part in found for row in part[key]] for key in found[0]}
     if a.out: write_json(a.out, {**joined, "versions": versions()})
-    report(joined, None)
+    report(joined)
 
 
-def report(found, store):
+def report(found, store=None):
     "Print the tables of joined rows, and store them."
     frames, kinds = {}, {"real, held out": lambda r: "phantom" not in r["patient"], "phantoms": lambda r: "phantom" in r["patient"]}
     for title, wanted in kinds.items():
@@ -89,7 +89,7 @@ def report(found, store):
         frames[f"cost and effect, {title}"] = protection_table(part, by=("attacker", "protector", "action"))
         blurred = [r for r in part if r["protector"] != "nothing" and any(q["cleaning"] == "blur 0.7" and q["protector"] == r["protector"] for q in part)]
         frames[f"after a blur of 0.7 pixels, {title}"] = cleaning_table(blurred, by=("attacker", "protector")).xs("blur 0.7", level="cleaning")
-        if rows := [r for r in found["cleanings"] if wanted(r)]: frames[f"each cleaning, {title}"] = cleaning_table(rows, by=("protector",))
+        if rows := [r for r in found["cleanings"] if wanted(r)]: frames[f"each cleaning, {title}"] = cleaning_table(rows, by=("attacker", "protector"))
         if rows := [r for r in found["others"] if wanted(r)]:
             table = protection_table(rows, by=("attacker", "protector", "action"))[["forged [dB]", "protected, forged [dB]", "lost [dB]", "low", "high", "places"]]
             names = {r["protector"] for r in rows}
@@ -101,9 +101,6 @@ def report(found, store):
     for title, table in frames.items(): say(title, table)
     if store:
         write_json(store, {"tables": {title: json.loads(table.reset_index().round(3).to_json(orient="split", index=False)) for title, table in frames.items()}, "keys": {title: list(table.index.names) for title, table in frames.items()}, "versions": versions()})
-        front = [r for r in found["rows"] if r["attacker"] == "ctgan-zeros-tiny" and r["protector"] != "nothing"]
-        families = {n: "pgd" if n.startswith("pgd") else n.split(" x")[0] for n in {r["protector"] for r in front}}
-        for price in ("slice_psnr_db", "place_psnr_db"): front_figure(front, "nothing", families, price).savefig(Path(store).with_name(f"{Path(store).stem}-{price[:5]}.png"))
 
 
 def join(files):
@@ -116,7 +113,7 @@ def alphas(a):
     "The real alpha sweep: a training for each value."
     attackers, values = [CTGAN.from_pretrained(n) for n in a.attackers], PAPER_ALPHAS if a.quick else WIDER_ALPHAS
     trained = train_alphas(values, attackers, a.folder, **({} if a.steps is None else {"steps": a.steps}), fidelity=a.fidelity)
-    scan, _ = make_phantom(seed=5, shape=(24, 256, 256), spacing=(2.5, 1.4, 1.4))
+    scan, _ = make_phantom(seed=5, shape=(24, 320, 320), spacing=(2.5, 1.1, 1.1))
     result = sweep(trained, attackers[-1], scan, lung_places(scan, 3, seed=9), ("nothing", "blur 0.7", "median", "jpeg"), patient="phantom 5")
     say("alpha sweep on a phantom", protection_table([{**r, "protector": f"alpha {r['value']:g}"} for r in result.rows]))
     print(f"{result.save(a.store or 'mitsgan-sweep/sweep.npz')}")
@@ -134,7 +131,7 @@ def main():
     p.add_argument("--unseen", nargs="*", default=[], help="further attackers, for the transfer table")
     p.add_argument("--patients", nargs="*", default=list(HELD_OUT))
     p.add_argument("--phantoms", type=int, default=2)
-    p.add_argument("--scans", nargs="*", type=int, help="which of the held-out scans, by number: patients first")
+    p.add_argument("--scans", nargs="*", type=int, help="which of the held-out scans, by number: phantoms first")
     p.add_argument("--places", type=int, default=50)
     p.add_argument("--few", type=int, default=12, help="places of the ascent and of the rarer cleanings; twice as many for scaled changes and unseen attackers")
     p.add_argument("--quick", action="store_true", help="at most 4 places, no cleaning but the blur; with --sweep-alphas: the paper's five values")

@@ -11,7 +11,7 @@ from mits_nb.attack.nets import n_trainable
 from mits_nb.attack.tamper import Tampering
 from mits_nb.core import ScanError, TrainError, UsageError, WeightsError, pick_compute, torch_rng
 from mits_nb.gan import checkpoints, read_checkpoint
-from mits_nb.protect.mitsgan import (MitsGAN, MitsganConfig, NoiseNet, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, check_hu, cuboid_crop,
+from mits_nb.protect.mitsgan import (MitsGAN, MitsganConfig, NoiseNet, Pattern, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, check_hu, cuboid_crop,
                                      evaluate_protection, finish_slices, folded, is_protected, local_mean, lung_doubts, lung_weight, middle_box, round_through, search_wave,
                                      summarise_protection, train_mitsgan, with_masks)
 
@@ -323,6 +323,14 @@ def test_search_keeps_the_wave_that_damages_most(phantom):
     with pytest.raises(UsageError, match="at least one"): search_wave(ProtectTask(task.networks["protector"], task.networks["discriminator"], ToyAttacker(), MitsganConfig(**{**SHORT, "search": (0, 1, 1)})), None)
 
 
+def test_the_wave_keeps_its_length_in_mm_and_is_never_finer_than_the_pixels():
+    pattern = Pattern((1 / 3, 0.0))
+    for spacing, pixels in ((0.5, 6.0), (1.0, 3.0), (1.4, 2.5), (5.0, 2.5)):
+        column = pattern((600, 2), (spacing, spacing), torch.zeros(1))[0, 0, :, 0].numpy()
+        assert 600 / np.abs(np.fft.rfft(column)).argmax() == pytest.approx(pixels, rel=0.01)
+    assert not Pattern((0.0, 0.0))((4, 4), (1, 1), torch.zeros(1)).any()
+
+
 def test_nothing_as_large_as_a_nodule_becomes_brighter_or_darker(phantom):
     net = trained("ours")
     torch.nn.init.constant_(net.body[-2].bias, 0.8)  # a network that would like to raise everything, and whose wave is clipped on one side
@@ -335,6 +343,18 @@ def test_nothing_as_large_as_a_nodule_becomes_brighter_or_darker(phantom):
     wide = torch.zeros(1, 1, 160, 160); wide[..., :80] = 1.0
     smooth = local_mean(wide, (1.0, 1.0), 12.0)[0, 0, 80]
     assert smooth[60] == 1 and smooth[100] == 0 and 0.3 < smooth[80] < 0.7
+
+
+def test_a_smooth_protection_survives_a_blur(phantom):
+    from mits_nb.protect.losses import blur
+    kept = {}
+    for smooth in (False, True):
+        torch.manual_seed(0)
+        net = Protector(8, wave=(1 / 9, 0.0), smooth=smooth, blocks=1).eval()
+        torch.nn.init.normal_(net.body[-2].weight, std=0.2)
+        change = torch.from_numpy(MitsGAN(net).protect(phantom[0]).hu - phantom[0].hu.astype(np.float32))
+        kept[smooth] = (blur(change, 0.7).square().sum() / change.square().sum()).item()
+    assert kept[True] > 0.6 and kept[True] > 1.3 * kept[False], kept
 
 
 def test_attackers_are_tried_with_every_mask():

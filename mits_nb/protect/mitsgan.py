@@ -106,8 +106,10 @@ class Pattern(nn.Module):
         spacing: tuple[float, float], # (y, x) mm
         phase: Tensor, # (B,) between 0 and 1
     ) -> Tensor: # (B, 1, H, W) between -1 and 1
+        finest = max(abs(k) * step for k, step in zip(self.wave.tolist(), spacing))  # cycles per pixel
+        wave = self.wave * min(1.0, 0.4 / max(finest, 1e-9))  # coarse pixels carry no shorter wave than 2.5 of them
         y, x = (torch.arange(n, device=phase.device) * step for n, step in zip(shape, spacing))
-        cycles = self.wave[0] * y[:, None] + self.wave[1] * x + phase[:, None, None]
+        cycles = wave[0] * y[:, None] + wave[1] * x + phase[:, None, None]
         return torch.sin(2 * math.pi * cycles)[:, None]
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #9644793e
@@ -146,12 +148,14 @@ class Protector(HubNet):
         noise: str = "gaussian", # `"gaussian"` (paper) or `"uniform"` (released)
         wave: tuple[float, float] = (0.3, 0.0), # Cycles per mm of the pattern along y and x ("ours" only; a search replaces it)
         quiet_mm: float = 12.0, # The change has no mean over squares of this size ("ours" only)
+        smooth: bool = False, # Draw nothing finer than about four pixels, so that a blur finds little to take away ("ours" only)
     ):
         super().__init__()
         if variant not in ("paper", "released", "ours"): raise UsageError(f"unknown variant {variant!r} of the protector: use 'paper', 'released' or 'ours'")
         if noise not in ("gaussian", "uniform"): raise UsageError(f"unknown noise {noise!r}: use 'gaussian' or 'uniform'")
         if not strength_hu > 0: raise UsageError(f"strength_hu is {strength_hu}: the bound of the change must be positive")
         self.variant, self.strength_hu, self.noise, self.quiet_mm = variant, float(strength_hu), noise, float(quiet_mm)
+        self.smooth = smooth
         if variant == "ours": self.pattern, self.body = Pattern(wave), residual_body(width, blocks)
         else: self.noise_net, self.body = NoiseNet(), published_body(width, variant)
 
@@ -189,6 +193,7 @@ class Protector(HubNet):
         inputs = torch.cat([((hu + 600) / 750).clamp(-1.5, 1.5), texture], 1)  # the lung window fills [-1, 1]
         if height % 4 or width % 4: inputs = F.pad(inputs, (0, -width % 4, 0, -height % 4), mode="replicate")
         t = (texture[:, 1:] + self.body(inputs)[..., :height, :width].float()).clamp(-1, 1)
+        if self.smooth: t = local_mean(t, spacing, 0.0)  # of four by four pixels, joined by straight lines
         change = (t - local_mean(t, spacing, self.quiet_mm)) / 2  # clip first: the other way round, clipping brings a mean back
         return hu + (self.strength_hu * lung_weight(hu) * change).to(hu.dtype)
 
@@ -238,6 +243,7 @@ class MitsganConfig:
     blocks: int = 4 # Residual blocks of our generator (paper: 3)
     strength_hu: float = 88.0 # Bound of the change (paper: none)
     band_mm: tuple[float, float] = (2.7, 12.0) # Wavelengths among which our pattern is searched; the change has no mean over squares of the longer one
+    smooth: bool = False # Draw nothing finer than about four pixels
     search: tuple[int, int, int] = (8, 12, 2) # Wavelengths, directions, and batches on which each wave is tried
     noise: str = "gaussian" # Noise (paper: Gaussian; released: uniform)
     d_width: int = 16 # First layer of the discriminator of patches; the published one judges whole slices of 512 x 512 (first layer 1)
@@ -324,7 +330,7 @@ def draw_noise(
     return (torch.randn if kind == "gaussian" else torch.rand)(shape, generator=generator)
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #f9e6cc26
-ROBUST = dict(cleanings=tuple(CLEANINGS), band_mm=(4.5, 9.0), masks=(20, 16)) # For `train_mitsgan(..., **ROBUST)`: every cleaning, both holes, and waves long enough to survive a blur
+ROBUST = dict(cleanings=tuple(CLEANINGS), masks=(20, 16), band_mm=(7.0, 12.0), search=(4, 8, 2), smooth=True, steps=300) # For `train_mitsgan(..., **ROBUST)`: every cleaning, both holes, and nothing so fine that a blur takes it away
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #5f1e11a9
 def with_masks(
@@ -622,7 +628,7 @@ def train_mitsgan(
     batches = PlaceBatches(list(data) if isinstance(data, (list, tuple)) else training_scans(config, data), config, seed)
     with own_random_state(torch.device("cpu")):
         torch.manual_seed(torch_rng(seed, "mitsgan weights").initial_seed())
-        protector = Protector(config.width, config.variant, config.strength_hu, config.blocks, config.noise, quiet_mm=config.band_mm[1])
+        protector = Protector(config.width, config.variant, config.strength_hu, config.blocks, config.noise, quiet_mm=config.band_mm[1], smooth=config.smooth)
         discriminator = ProtectorDiscriminator(config.d_width, "ours")  # the published ones take nothing but 512 x 512; a crop is smaller
     task = ProtectTask(protector, discriminator, attacker, config)
     if config.variant == "ours": search_wave(task, batches, seed)
