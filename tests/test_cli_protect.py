@@ -40,7 +40,7 @@ def test_dicom_in_dicom_out(source, tmp_path, capsys):
     assert np.array_equal(back.hu, same.hu) and not np.array_equal(back.hu, real.hu)               # the command is the library
     assert back.spacing == real.spacing and back.origin == real.origin and np.array_equal(back.direction, real.direction)
     assert is_protected(back) and not is_protected(real)
-    words = "PROTECTED (mits_nb), not for diagnosis: by mitsgan-tiny, up to 30 HU, seed 4"
+    words = "PROTECTED (mits_nb), not for diagnosis: by mitsgan-tiny, up to 88 HU, seed 4"
     assert shown.err == "" and words in shown.out and "2.5 x 2.2 x 2.2 mm" in shown.out and not sidecar_path(out).exists()
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (source / "series").iterdir())
     seen = set()
@@ -58,7 +58,7 @@ def test_dicom_in_dicom_out(source, tmp_path, capsys):
 def test_files_in_files_out(source, tmp_path, name):
     assert mits_protect([str(source / "scan.mha"), str(tmp_path / name)]) == 0
     back = read_scan(tmp_path / name)
-    assert is_protected(back) and back.meta["marker"].endswith("up to 30 HU, seed 0")              # whole, also in the 79 characters of NIfTI
+    assert is_protected(back) and back.meta["marker"].endswith("up to 88 HU, seed 0")              # whole, also in the 79 characters of NIfTI
     image = sitk.ReadImage(str(tmp_path / name))                                                   # another library sees the mark
     assert any("PROTECTED" in image.GetMetaData(k) for k in image.GetMetaDataKeys())
 
