@@ -149,9 +149,9 @@ def measure_step(args) -> dict:
     from mits_nb.protect.mitsgan import MitsganConfig, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, middle_box
 
     class WithoutAttacker(ProtectTask):
-        def damage(self, hu, protected, at, spacing, first):
-            boxes = [middle_box(place, spacing, x.shape) for x, place in zip(hu, at.tolist())]
-            return sum(forgery_damage(xp[box], x[box]) for x, xp, box in zip(hu, protected, boxes)) / len(hu), {}
+        def damage(self, batch, protected):
+            boxes = [middle_box(place, tuple(batch["spacing"].tolist()), x.shape) for x, place in zip(batch["hu"], batch["at"].tolist())]
+            return sum(forgery_damage(xp[box], x[box]) for x, xp, box in zip(batch["hu"], protected, boxes)) / len(protected), {}
 
     compute, config = pick_compute(args.device), from_preset(MitsganConfig, "tiny", places_per_scan=8)
     scan = make_phantom(seed=1000, shape=(24, 256, 256), spacing=(2.5, 0.8, 0.8))[0]
