@@ -141,7 +141,7 @@ def main():
     p.add_argument("--steps", type=int, help="of each training of the sweep")
     p.add_argument("--fidelity", type=float, default=1.0, help="weight of the mean squared change in the sweep's trainings: without a price, alpha has nothing to trade")
     p.add_argument("--folder", type=Path, default=Path("alpha-sweep"), help="where the sweep's weights lie")
-    p.add_argument("--store", type=Path, help="with --report: JSON of the tables, fronts beside it; with --sweep-alphas: the sweep, as .npz")
+    p.add_argument("--store", type=Path, help="with --report: JSON of the tables; with --sweep-alphas: the sweep, as .npz")
     a = p.parse_args()
     if a.quick: a.places, a.few, a.climb = min(a.places, 4), 2, min(a.climb, 4)
     if a.report: report(join(a.report), a.store)

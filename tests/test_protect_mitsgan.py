@@ -83,6 +83,7 @@ def test_lung_weight_is_full_in_lung_and_low_elsewhere():
     hu[..., 48:] = -850
     weight = lung_weight(hu)
     assert weight.shape == hu.shape and weight[0, 0, 48, 90] == 1 and weight[0, 0, 48, 5] == 0
+    assert torch.allclose(lung_weight(torch.full((1, 1, 40, 40), -1000.0)), torch.tensor(0.05)), "air outside the body"
 
 
 def test_protect_is_whole_hu_bounded_deterministic_and_pure(protector, phantom):
