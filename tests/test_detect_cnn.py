@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mits_nb.core import DetectError, TrainError, UsageError, WeightsError, torch_rng
 from mits_nb.detect.cnn import (CLEAN, FORGED, PAIRED, RIM, ChannelAttention, Detector, DetectorConfig, PatchSet, cut_patch, dense_targets, draw_batch,
-                                folded, local_pool, max_pool_same, random_view, standardise, train_detector, window_mean)
+                                folded, doubled, local_pool, max_pool_same, random_view, standardise, train_detector)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,11 @@ def test_pooling_commutes_with_relu():
     assert torch.equal(F.relu(max_pool_same(x)), max_pool_same(F.relu(x)))
 
 
-def test_window_mean_is_an_average_pool():
+def test_doubling_gives_sums_and_maxima():
     x = torch.randn(2, 3, 13, 17, generator=torch_rng(0, "x"))
-    assert torch.allclose(window_mean(x), F.avg_pool2d(x, 8, 1), atol=1e-6)
-    with pytest.raises(UsageError): window_mean(x, 6)
+    assert torch.allclose(doubled(x, 8, torch.add) / 64, F.avg_pool2d(x, 8, 1), atol=1e-6)
+    assert torch.equal(doubled(x, 4, torch.maximum), F.max_pool2d(x, 4, 1))
+    with pytest.raises(UsageError): doubled(x, 6, torch.add)
 
 
 @pytest.mark.parametrize("h, w", [(8, 8), (9, 12), (16, 11), (1, 3)])

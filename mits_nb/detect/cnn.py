@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLEAN', 'PAIRED', 'RIM', 'FORGED', 'HARD', 'standardise', 'conv_bn', 'separable_bn', 'max_pool_same',
-           'SpatialAttention', 'local_pool', 'ChannelAttention', 'PooledBlock', 'WideBlock', 'window_mean', 'Detector',
+           'SpatialAttention', 'doubled', 'local_pool', 'ChannelAttention', 'PooledBlock', 'WideBlock', 'Detector',
            'window_probability', 'folded', 'PatchSet', 'cut_patch', 'dense_targets', 'random_view', 'DetectorConfig',
            'draw_batch', 'DetectorTask', 'settle', 'train_detector']
 
@@ -58,7 +58,7 @@ def max_pool_same(
     x: Tensor, # (B, C, H, W), even H and W
 ) -> Tensor: # (B, C, H/2, W/2)
     "3x3 maximum pool of stride 2 with TensorFlow's SAME padding: one row below and one column to the right, never chosen as maximum."
-    return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-1e4), 3, 2)
+    return F.max_pool2d(x, 3, 2, ceil_mode=True) # for an even size the last window hangs over by one: what SAME adds
 
 # %% ../../nbs/15_detect.cnn.ipynb #cab7fcf8
 class SpatialAttention(nn.Module):
@@ -72,15 +72,31 @@ class SpatialAttention(nn.Module):
         return x * torch.sigmoid(self.look(both))
 
 # %% ../../nbs/15_detect.cnn.ipynb #800b7748
+def doubled(
+    x: Tensor, # (B, C, H, W)
+    size: int, # Edge of the neighbourhood in cells, a power of two
+    combine: Callable[[Tensor, Tensor], Tensor], # `torch.maximum` or `torch.add`
+) -> Tensor: # (B, C, H - size + 1, W - size + 1)
+    "Combine every size x size neighbourhood by doubling: cells 1 apart, then 2, then 4, along each axis. Raises `UsageError`."
+    if size < 1 or size & (size - 1): raise UsageError(f"doubling reaches 2, 4, 8 ... cells, not {size}: use a power of two")
+    for axis in (2, 3):
+        n = 1
+        while n < size:
+            x = combine(x.narrow(axis, n, x.shape[axis] - n), x.narrow(axis, 0, x.shape[axis] - n))
+            n *= 2
+    return x
+
+# %% ../../nbs/15_detect.cnn.ipynb #18aaf15a
 def local_pool(
     x: Tensor, # (B, C, H, W)
     kind: str, # "max" or "mean"
     size: int = 8, # Edge of the neighbourhood in cells
 ) -> Tensor: # (B, C, (H + 1) // 2 + 1, ...): entry i sees the cells 2i - size/2 ... 2i + size/2 - 1
     "Maximum or mean over the size x size cells around every second position; edge cells are repeated outwards."
-    odd = [n % 2 for n in x.shape[2:]]
-    x = F.pad(x, (size // 2, size // 2 + odd[1], size // 2, size // 2 + odd[0]), mode="replicate")
-    return F.max_pool2d(x, size, 2) if kind == "max" else F.avg_pool2d(x, size, 2)
+    pool, combine = (F.max_pool2d, torch.maximum) if kind == "max" else (F.avg_pool2d, torch.add)
+    pairs, half = pool(x, 2, ceil_mode=True), size // 2 # every second position starts at an even cell: pairs of cells suffice
+    pooled = doubled(F.pad(pairs, [half // 2] * 4, mode="replicate"), half, combine)
+    return pooled if kind == "max" else pooled / half**2
 
 # %% ../../nbs/15_detect.cnn.ipynb #768574c1
 class ChannelAttention(nn.Module):
@@ -142,20 +158,6 @@ class WideBlock(nn.Module):
         return x if self.attention is None else self.attention(x, dense)
 
 # %% ../../nbs/15_detect.cnn.ipynb #f2235c78
-def window_mean(
-    x: Tensor, # (B, C, H, W)
-    size: int = 8, # Edge in cells, a power of two
-) -> Tensor: # (B, C, H - size + 1, W - size + 1)
-    "Mean over every size x size neighbourhood, by doubling: 1 + 1, 2 + 2, 4 + 4 cells along each axis."
-    if size & (size - 1): raise UsageError(f"window_mean doubles its way up: {size} is not a power of two")
-    for axis in (2, 3):
-        n = 1
-        while n < size:
-            x = x.narrow(axis, n, x.shape[axis] - n) + x.narrow(axis, 0, x.shape[axis] - n)
-            n *= 2
-    return x / size**2
-
-# %% ../../nbs/15_detect.cnn.ipynb #119db474
 class Detector(HubNet):
     """The local detector (paper, Fig. 5, with the channel numbers of the published program times `width`).
 
@@ -186,7 +188,7 @@ class Detector(HubNet):
         for layer in self.stem: x = F.relu(layer(x))
         for block in self.pooled: x = block(x)
         for block in self.wide: x = block(x, dense)
-        x = self.dropout(window_mean(x) if dense else x.mean((2, 3), keepdim=True))
+        x = self.dropout(doubled(x, 8, torch.add) / 64 if dense else x.mean((2, 3), keepdim=True))
         x = self.hidden(x)
         x = self.last(F.selu(x) if self.selu else F.relu(x))
         return x if dense else x.flatten(1)
