@@ -1,0 +1,188 @@
+"""How well does the cascade detect, on scans that nobody trained on?
+
+    MITS_DATA=folder python benchmarks/detection.py [--weights cascade-tiny] [--unseen NAME=FOLDER ...] [--places 20] [--scans real phantom] [--out detection.json]
+    python benchmarks/detection.py --report FILE... [--store mits_nb/weights/cascade-tiny/detection.json]
+
+First form: measures and writes all rows. Second form: joins such files, prints the tables, and stores them as chapter 18 shows them: slices by attacker and treatment (the attackers of the training first, then each --unseen one, other masks and touch-ups, a blur and noise afterwards);
+regions (Pd at 1 % false alarms per place, F1 of regions, F1 of voxels); the eight whole scans of the paper's Table 4 with its 3-D rule; unforged scans; controls without a generator.
+Goals: F1 >= 0.95 and AUC >= 0.985 on slices; Pd at 1 % >= 0.95; voxel F1 >= 0.90; unseen >= 95 % of the aligned AUC; no error on the eight scans; at most one false region in 20 unforged scans.
+"""
+import argparse, copy, time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from scipy.ndimage import gaussian_filter
+
+from mits_nb.attack.ctgan import CTGAN, HELD_OUT
+from mits_nb.core import read_json, rng, versions, write_json
+from mits_nb.data import development_scans, lung_places
+from mits_nb.detect.cascade import Cascade, find_regions
+from mits_nb.detect.training import CONTROLS, Source, forge_round, forged_slices, painted, paired_scores, pasted_back, perturbed_scan, phantom_source, score_at
+from mits_nb.metrics import classification, localisation, match_regions, pd_at_fa, roc_auc
+from mits_nb.phantom import make_phantom
+from mits_nb.protect.mitsgan import MitsGAN
+from mits_nb.scan import read_scan
+
+TRAINED = {"ctgan-tiny": "ctgan-tiny", "ctgan-zeros-tiny": "ctgan-zeros-tiny"}
+
+
+def blurred(sigma):
+    def treat(scan, seed): return scan.with_hu(np.stack([np.rint(gaussian_filter(s.astype(np.float32), sigma)) for s in scan.hu]).astype(scan.hu.dtype))
+    return treat
+
+
+def noisy(hu_sd):
+    def treat(scan, seed): return scan.with_hu(np.rint(scan.hu + rng(seed, "noise").normal(0, hu_sd, scan.shape)).astype(scan.hu.dtype))
+    return treat
+
+
+def other(attacker, **changes):
+    twin = copy.copy(attacker)
+    twin.settings = replace(attacker.settings, **changes)
+    return twin
+
+
+def conditions(a):
+    "(name, attackers, treatment): aligned first."
+    trained = [CTGAN.from_pretrained(n) for n in TRAINED.values()]
+    rows = [("aligned", trained, None)] + [(f"unseen: {name}", [CTGAN.from_pretrained(folder)], None) for name, folder in (u.split("=", 1) for u in a.unseen)]
+    rows += [("mask 16", [other(t, mask=16) for t in trained], None), ("released touch-up", [other(t, touch_up="released") for t in trained], None),
+             ("released paste and touch-up", [other(t, touch_up="released", paste="released") for t in trained], None), ("no touch-up", [other(t, touch_up=None) for t in trained], None)]
+    return rows + [("blur 0.5 px afterwards", trained, blurred(.5)), ("blur 0.8 px afterwards", trained, blurred(.8)), ("noise 10 HU afterwards", trained, noisy(10)), ("noise 25 HU afterwards", trained, noisy(25))]
+
+
+def test_sources(a):
+    "Scans that no training has seen."
+    real = [Source.of(n, read_scan(p)) for n, p in development_scans().items() if n in HELD_OUT] if "real" in a.scans else []
+    made = [phantom_source(s) for s in a.seeds] if "phantom" in a.scans else []
+    return real + made
+
+
+def group(name): return "phantom" if name.startswith("phantom") else "real"
+
+
+def measure_slices(a, cascade, sources, found):
+    for name, attackers, treat in conditions(a):
+        for source in sources:
+            start = time.perf_counter()
+            slices = forged_slices([(source.name, lambda: source, a.places)], attackers, 7, treat=treat)
+            scores = paired_scores(cascade, slices)
+            action = np.repeat(slices.action[slices.tampered], 2)
+            found["slices"] += [{"condition": name, "patient": source.name, "group": group(source.name), "action": str(k), "p": p, "tampered": t} for (p, t), k in zip(scores, action)]
+            print(f"{name:32s} {source.name:16s} AUC {roc_auc(*map(list, zip(*scores))):.3f} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def measure_regions(a, cascade, sources, found):
+    attackers = [CTGAN.from_pretrained(n) for n in TRAINED.values()]
+    for source in sources:
+        honest = cascade.inspect(source.scan, False)
+        loose = find_regions(honest.heatmap, source.scan, cascade.config.hot, 0.)
+        for at in lung_places(source.scan, a.honest_places, 3, 4., source.mask):
+            found["places"].append({"patient": source.name, "group": group(source.name), "score": score_at(loose, source.scan.voxel_to_world(at)), "tampered": False, "action": ""})
+        for i in range(a.rounds):
+            forged = forge_round(source.scan, attackers[i % len(attackers)], 4, 70 + i, source.mask, source.nodules)
+            notes, report = [n for n in forged.history if n["kind"] == "forged"], cascade.inspect(forged, False)
+            loose = find_regions(report.heatmap, forged, cascade.config.hot, 0.)
+            for n in notes:
+                found["places"].append({"patient": source.name, "group": group(source.name), "score": score_at(loose, forged.voxel_to_world(n["at"])), "tampered": True, "action": n["action"]})
+            match = match_regions([r["centre_mm"] for r in report.regions], [forged.voxel_to_world(n["at"]) for n in notes])
+            place = localisation(painted([n["at"] for n in notes], forged), painted([r["centre_voxel"] for r in report.regions], forged))
+            found["regions"].append({"patient": source.name, "group": group(source.name), **{k: match[k] for k in ("tp", "fp", "fn")}, "voxel_f1": place["f1"], "distance_mm": [d for *_, d in match["pairs"]]})
+        print(f"regions of {source.name}: " + str({k: sum(r[k] for r in found["regions"] if r["patient"] == source.name) for k in ("tp", "fp", "fn")}), flush=True)
+
+
+def eight_scans(source, empty, attackers):
+    "Table 4: an unforged scan without a nodule, one with, three injections, three removals."
+    yield "BEN", empty, []
+    yield "MAL", source, []
+    for i in range(3):
+        at = lung_places(source.scan, 1, 40 + i, 6., source.mask)[0]
+        yield f"INJ{i + 1}", source, [attackers[i % len(attackers)].tamper(source.scan, tuple(at), action="inject", seed=i)]
+    for i in range(3):
+        at = source.nodules[i % len(source.nodules)] if len(source.nodules) else lung_places(source.scan, 1, 50 + i, 6., source.mask)[0]
+        yield f"REM{i + 1}", source, [attackers[i % len(attackers)].tamper(source.scan, tuple(at), action="remove", seed=i)]
+
+
+def measure_scans(a, cascade, sources, found):
+    attackers, protectors = [CTGAN.from_pretrained(n) for n in TRAINED.values()], [MitsGAN.from_pretrained(n) for n in ("mitsgan-tiny", "mitsgan-robust-tiny")]
+    def note(kind, name, scan, truth):
+        report = cascade.inspect(scan, False)
+        match = match_regions([r["centre_mm"] for r in report.regions], truth)
+        found["scans"].append({"kind": kind, "scan": name, "group": group(name), "slices": len(report.slices), "called": sum(s["tampered"] for s in report.slices), **{k: match[k] for k in ("tp", "fp", "fn")}})
+        print(found["scans"][-1], flush=True)
+    for source in sources[:1] + [s for s in sources if s.name.startswith("phantom")][:1] if len(sources) > 1 else sources:
+        scan, _ = make_phantom(seed=17, shape=(22, 512, 512), spacing=(2.5, .7, .7), n_nodules=0)
+        for name, base, forged in eight_scans(source, Source.of("phantom-17", scan, []), attackers):
+            truth = [base.scan.voxel_to_world(n["at"]) for f in forged for n in f.history if n["kind"] == "forged"]
+            note("eight", f"{source.name} {name}", forged[0] if forged else base.scan, truth)
+    if "real" in a.scans:
+        for name, path in development_scans().items(): note("unforged" if name in HELD_OUT else "unforged, seen in training", name, read_scan(path), [])
+        for source in sources:
+            if group(source.name) == "real":
+                note("unforged, perturbed", source.name, perturbed_scan(source.scan, 5), [])
+                for p in protectors: note(f"unforged, protected by {p.name}", source.name, p.protect(source.scan, 5, again=True), [])
+    if "phantom" in a.scans:
+        for seed in a.honest: note("unforged", f"phantom-{seed}", phantom_source(seed).scan, [])
+
+
+def measure_controls(a, cascade, sources, found):
+    for source in sources:
+        for kind in CONTROLS:
+            for i in range(a.rounds):
+                places, scan = [], source.scan
+                for at in lung_places(source.scan, 60, 90 + i, 6., source.mask):
+                    if all((np.abs(at - q) * source.scan.spacing).max() > 40 for q in places): places.append(at)
+                places = places[:4]
+                for at in places: scan = pasted_back(scan, tuple(at), kind)
+                report = cascade.inspect(scan, False)
+                found["controls"] += [{"kind": kind, "patient": source.name, "group": group(source.name), "called": score_at(report.regions, scan.voxel_to_world(at)) > 0} for at in places]
+        print(f"controls of {source.name}: " + str({k: float(np.mean([c['called'] for c in found['controls'] if c['kind'] == k and c['patient'] == source.name])) for k in CONTROLS}), flush=True)
+
+
+def tables(found):
+    "The tables that chapter 18 shows."
+    slices = pd.DataFrame(found["slices"])
+    def scores(g): return pd.Series({**{k: classification(g.tampered.tolist(), (g.p >= .5).tolist())[k] for k in ("accuracy", "precision", "recall", "f1")}, "auc": roc_auc(g.p.tolist(), g.tampered.tolist()), "slices": len(g)})
+    by = slices.groupby(["group", "condition"], sort=False).apply(scores, include_groups=False).reset_index()
+    aligned = slices[slices.condition == "aligned"]
+    action = aligned.groupby(["group", "action"]).apply(scores, include_groups=False).reset_index()
+    places = pd.DataFrame(found["places"])
+    regions = []
+    for name, g in places.groupby("group"):
+        r = [x for x in found["regions"] if x["group"] == name]
+        tp, fp, fn = (sum(x[k] for x in r) for k in ("tp", "fp", "fn"))
+        regions.append({"group": name, "places": int(g.tampered.sum()), "pd_at_1_percent": pd_at_fa(g.score.tolist(), g.tampered.tolist()), "auc": roc_auc(g.score.tolist(), g.tampered.tolist()), "tp": tp, "fp": fp, "fn": fn,
+                        "region_f1": 2 * tp / (2 * tp + fp + fn), "voxel_f1": float(np.mean([x["voxel_f1"] for x in r])), "distance_mm": float(np.median(sum((x["distance_mm"] for x in r), [])) if tp else np.nan)})
+    controls = pd.DataFrame(found["controls"]).groupby(["group", "kind"], sort=False).called.agg(["mean", "size"]).reset_index()
+    return {"slices": by.to_dict("records"), "actions": action.to_dict("records"), "regions": regions, "scans": found["scans"], "controls": controls.to_dict("records")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default="cascade-tiny")
+    parser.add_argument("--unseen", nargs="*", default=[], metavar="NAME=FOLDER", help="forgers that no training has met")
+    parser.add_argument("--scans", nargs="+", choices=("real", "phantom"), default=["real", "phantom"])
+    parser.add_argument("--parts", nargs="+", choices=("slices", "regions", "scans", "controls"), default=["slices", "regions", "scans", "controls"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[12, 13, 14], help="test phantoms")
+    parser.add_argument("--honest", nargs="+", type=int, default=list(range(20, 40)), help="unforged phantoms")
+    parser.add_argument("--places", type=int, default=20, help="places per scan and condition, five slices each")
+    parser.add_argument("--honest-places", type=int, default=200, help="unforged places per scan, for false alarms")
+    parser.add_argument("--rounds", type=int, default=4, help="forged copies with four places each, per scan")
+    parser.add_argument("--out", default="detection.json")
+    parser.add_argument("--report", nargs="+")
+    parser.add_argument("--store")
+    a = parser.parse_args()
+    if not a.report:
+        cascade, sources, found = Cascade.from_pretrained(a.weights), test_sources(a), {k: [] for k in ("slices", "places", "regions", "scans", "controls")}
+        for part in a.parts:
+            {"slices": measure_slices, "regions": measure_regions, "scans": measure_scans, "controls": measure_controls}[part](a, cascade, sources, found)
+            write_json(a.out, found)
+        return
+    parts = [read_json(f) for f in a.report]
+    done = tables({k: sum((p[k] for p in parts), []) for k in parts[0]})
+    for name, rows in done.items(): print(f"\n{name}\n" + pd.DataFrame(rows).round(3).to_string(index=False))
+    if a.store: write_json(a.store, done | {"versions": versions()})
+
+
+if __name__ == "__main__": main()
