@@ -815,7 +815,7 @@ def run_train(
             if args.variant == "tafim": train_tafim(attacker=attackers[0], **common)
             else: train_mitsgan(attacker=attackers, **common, **(ROBUST if args.variant == "robust" else {}))
         else:
-            from mits_nb.detect.cascade import train_cascade
+            from mits_nb.detect.training import train_cascade
             from mits_nb.protect.mitsgan import MitsGAN
             train_cascade(attacker=attackers[0], protector=MitsGAN.from_pretrained(args.protector or f"mitsgan-{args.preset}"), **common)
     print(f"weights in {out}")

@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..core import DetectError, TrainError, UsageError, WeightsError
-from ..core import atomic_dir, from_preset, progress, read_json, rng, weights_path, write_json
+from ..core import DetectError, TrainError, WeightsError, atomic_dir, from_preset, progress, read_json, rng, weights_path, write_json
 from .cnn import Detector
 from .heatmap import as_slices, heatmap
 from .windows import grid_mask, touched_slices
