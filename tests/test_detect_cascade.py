@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mits_nb.core import DetectError, TrainError, WeightsError, from_preset
-from mits_nb.detect.cascade import (TRUSTED, Cascade, CascadeConfig, enough_in_a_row, fewer_components, find_regions, glcm, load_svm, quantised, run_rule, slice_features,
-                                    stored_types, train_svm)
+from mits_nb.core import DataError, DetectError, OutputError, TrainError, UsageError, WeightsError, from_preset
+from mits_nb.detect.cascade import (REPORT_SCHEMA, TRUSTED, Cascade, CascadeConfig, Report, draw_heatmap, enough_in_a_row, fewer_components, find_regions, glcm, load_svm, predictive_value, quantised,
+                                    read_report, run_rule, slice_features, stored_types, train_svm, verdict_worth)
 from mits_nb.detect.cnn import Detector
-from mits_nb.detect.windows import grid_shape
+from mits_nb.detect.windows import grid_shape, to_pixels
 from mits_nb.scan import Scan
 
 
@@ -108,6 +108,10 @@ def test_a_region_has_the_right_centre_in_voxels_and_millimetres():
     assert np.allclose(region["centre_voxel"], (8, 16 + 160, 16 + 280), atol=.1) and region["slices"] == list(range(5, 12))
     assert np.allclose(region["centre_mm"], (100 - 296 * .8, 50 - 176 * .7, -300 + 8 * 2.5), atol=.1)
     assert region["score"] == 1. and np.allclose(region["size_mm"][0], 7 * 2.5)
+    (z0, z1), (y0, y1), (x0, x1) = region["box_voxel"]
+    assert (z0, z1) == (5, 12) and np.allclose(region["size_mm"][1:], ((y1 - y0) * .7, (x1 - x0) * .8), atol=.01)
+    lit = np.argwhere(to_pixels((spot() >= .5).astype(int), (512, 512))) # the box holds just the pixels for which a hot cell stands
+    assert np.array_equal(lit.min(0), (y0, x0)) and np.array_equal(lit.max(0) + 1, (y1, x1))
 
 
 def test_one_slice_may_miss_but_not_two():
@@ -151,15 +155,140 @@ def test_a_cascade_goes_to_a_folder_and_back(small, tmp_path):
     assert back.record == small.record and back.config == small.config
 
 
+def noise(*shape, seed=0): return np.random.default_rng(seed).normal(-800, 60, shape).round().astype(np.int16)
+
+
 def test_report_is_json_and_complete(small, tmp_path):
-    scan = Scan(np.random.default_rng(0).normal(-800, 60, (3, 64, 72)).round().astype(np.int16), (2.5, .7, .7))
+    scan = Scan(noise(3, 64, 72), (2.5, .7, .7))
     report = small.inspect(scan, False)
     assert report.heatmap.shape == (3, *grid_shape((64, 72))) and [s["slice"] for s in report.slices] == [0, 1, 2]
     assert all(isinstance(s["tampered"], bool) and 0 <= s["probability"] <= 1 for s in report.slices)
     assert all(s["tampered"] == (s["probability"] >= .5) for s in report.slices)
     assert json.loads(report.save(tmp_path / "r.json").read_text()) == report.to_dict() and report.windows_per_slice == (report.heatmap[0] > 0).sum()
     assert small.inspect(scan, False).to_dict() == report.to_dict() # the same every time
+    assert report.to_dict()["scan"] == {"shape": [3, 64, 72], "spacing_mm": [2.5, .7, .7]} and report.to_dict()["settings"]["sure"] == small.config.sure
     assert len(small.inspect(scan.hu[0], False).slices) == 1
+
+
+@pytest.mark.parametrize("hu", [noise(2, 48, 96), noise(2, 33, 32), noise(1, 65, 47), np.full((3, 64, 64), -1000, np.int16), np.zeros((2, 64, 64), np.float32), np.full((1, 40, 40), 3000, np.int32)],
+                         ids=["non-square", "one window", "odd", "air", "water", "one constant slice"])
+def test_slices_of_any_size_and_constant_ones(small, hu, tmp_path):
+    report = small.inspect(hu, False)
+    assert report.heatmap.shape == (len(hu), *grid_shape(hu.shape[1:])) and np.isfinite(report.heatmap).all() and len(report.slices) == len(hu)
+    assert read_report(report.save(tmp_path / "r.json"))["scan"]["shape"] == list(hu.shape)
+    if (hu == hu.flat[0]).all(): assert len({s["probability"] for s in report.slices}) == 1
+
+
+def test_what_cannot_be_inspected_is_named(small):
+    hu = noise(4, 40, 40).astype(np.float32)
+    for bad in (np.nan, np.inf):
+        hu[2, 5, 5] = bad
+        with pytest.raises(DetectError, match="slice 2 holds"): small.inspect(hu, False)
+    for shape in ((2, 31, 64), (2, 64, 31), (0, 64, 64), (2, 2, 64, 64)):
+        with pytest.raises(DetectError): small.inspect(np.zeros(shape, np.int16), False)
+
+
+def test_the_second_stage_holds_few_slices_at_a_time(small):
+    import tracemalloc
+    class Many: # a second stage for 100 levels
+        n_features_in_ = 40000
+        def decision_function(self, features): return features[:, 0]
+    cascade = Cascade(small.detector, Many(), from_preset(CascadeConfig, "full"))
+    maps = np.random.default_rng(0).random((320, 12, 12)).astype(np.float32)
+    cascade.slice_probability(maps[:1])
+    tracemalloc.start()
+    p = cascade.slice_probability(maps)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(p) == 320 and peak < 100e6, f"{peak / 1e6:.0f} MB: 320 slices at once are 150 MB"
+
+
+# --- reports ---
+
+def made_up(regions=True):
+    "A report with a region, about a scan of our own."
+    scan = Scan(noise(12, 512, 512), (2.5, .7, .8), (10., -20., 30.))
+    maps = volume(range(3, 10), n=12) if regions else np.zeros((12, 121, 121), np.float32)
+    rows = [{"slice": z, "probability": .9 if 3 <= z < 10 and regions else .1, "tampered": bool(3 <= z < 10 and regions)} for z in range(12)]
+    return Report(rows, find_regions(maps, scan), maps, 12477, (6, 7), {"shape": list(scan.shape), "spacing_mm": list(scan.spacing)}, from_preset(CascadeConfig, "tiny"), {"name": "made up"}), scan
+
+
+def test_schema_is_strict_and_reports_follow_it(tmp_path):
+    import jsonschema
+    jsonschema.Draft202012Validator.check_schema(REPORT_SCHEMA)
+    for regions in (True, False):
+        report, _ = made_up(regions)
+        assert read_report(report.save(tmp_path / "r.json")) == report.to_dict() and report.tampered == regions
+    good = made_up()[0].to_dict()
+    for change in ({"version": 2}, {"format": "other"}, {"tampered": 1}, {"extra": 1}, {"worth": []}, {"rule": [9]}, {"regions": [{"score": .5}]}, {"slices": [{"slice": 0, "probability": 1.5, "tampered": True}]}):
+        (tmp_path / "bad.json").write_text(json.dumps(good | change))
+        with pytest.raises(DataError, match="is not a report at"): read_report(tmp_path / "bad.json")
+    (tmp_path / "short.json").write_text(json.dumps({k: v for k, v in good.items() if k != "worth"}))
+    with pytest.raises(DataError, match="worth"): read_report(tmp_path / "short.json")
+
+
+def test_table_of_regions():
+    table = made_up()[0].table()
+    assert list(table.index) == [1] and np.allclose(table.loc[1, ["z [voxel]", "y [voxel]", "x [voxel]"]].astype(float), (6, 176, 296), atol=.1)
+    assert np.allclose(table.loc[1, ["x [mm]", "z [mm]"]].astype(float), (10 + 296 * .8, 30 + 6 * 2.5), atol=.1) and table.loc[1, "slices"] == 7 and (table.loc[1, "first"], table.loc[1, "last"]) == (3, 9)
+    empty = made_up(False)[0].table()
+    assert len(empty) == 0 and list(empty.columns) == list(table.columns)
+
+
+@pytest.mark.parametrize("regions", [True, False])
+def test_figure_shows_the_worst_slice(regions):
+    report, scan = made_up(regions)
+    left, right = report.figure(scan).axes[:2]
+    assert np.allclose(left.lines[0].get_ydata(), [s["probability"] for s in report.slices])
+    assert right.get_title().startswith("slice 6: region 1" if regions else "slice 0:") and len(right.patches) == regions and np.array_equal(right.images[1].get_array(), report.heatmap[6 if regions else 0])
+
+
+def test_a_heatmap_is_drawn_where_its_windows_are():
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots()
+    shown = draw_heatmap(axis, np.zeros((70, 41), np.int16), np.ones(grid_shape((70, 41)), np.float32))
+    lit = np.argwhere(to_pixels(np.ones(grid_shape((70, 41)), int), (70, 41)))
+    x0, x1, y1, y0 = shown.get_extent()
+    assert np.allclose(lit.min(0) - .5, (y0, x0)) and np.allclose(lit.max(0) + .5, (y1, x1)) # pixel k reaches from k - 1/2 to k + 1/2
+    plt.close(figure)
+
+
+def test_the_page_is_self_contained_and_escapes_names(tmp_path):
+    from html.parser import HTMLParser
+    report, scan = made_up()
+    seen = []
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs): seen.append((tag, dict(attrs)))
+    page = report.save_html(tmp_path / "r.html", scan, "<script>alert(1)</script> & co").read_text(encoding="utf-8")
+    Reader().feed(page)
+    assert "script" not in {tag for tag, _ in seen} and "&lt;script&gt;" in page
+    assert all(value.startswith("data:image/png;base64,") for _, attrs in seen for key, value in attrs.items() if key in ("src", "href")) and not any(key.startswith("on") for _, attrs in seen for key in attrs)
+    assert sum(tag == "img" for tag, _ in seen) == 2 and "no clinical use" in page and "suspicious region" in page and len(page) < 1e6
+    clean, scan = made_up(False)
+    page = clean.save_html(tmp_path / "r.html", scan).read_text(encoding="utf-8") # replaced, whole
+    assert "No suspicious region" in page and "acquittal" in page and page.rstrip().endswith("</html>") and [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
+    report, scan = made_up()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError): report.save_html(tmp_path / "file" / "r.html", scan)
+    with pytest.raises(UsageError, match="the scan that was inspected"): report.save_html(tmp_path / "r.html", Scan(scan.hu[:5], scan.spacing))
+    with pytest.raises(UsageError): report.figure(Scan(scan.hu[:, :64], scan.spacing))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_an_alarm_is_worth():
+    assert predictive_value(1., .02, .5) == pytest.approx(1 / 1.02) and predictive_value(.5, .5, .3) == pytest.approx(.3) and np.isnan(predictive_value(0., 0., .5))
+    assert predictive_value(1., .02, .001) < predictive_value(1., .001, .001) < predictive_value(1., .001, .01)
+    alarm, clean = (" ".join(verdict_worth(t, {"real": {"regions": {"tp": 3, "fp": 1, "fn": 2}}, "odd": "?"})) for t in (True, False))
+    assert "95% of all alarms are false" in alarm and "acquittal" in clean and "no clinical use" in alarm and "no clinical use" in clean and "3 of 5 forged places found, 1 false regions" in alarm
+
+
+def test_the_report_names_its_weights(small, tmp_path):
+    back = Cascade.from_pretrained(small.save_pretrained(tmp_path / "mine"))
+    said = [c.inspect(noise(1, 64, 64), False).to_dict()["weights"] for c in (small, back)]
+    assert said[0] == {"name": "not saved"} and said[1]["name"] == "mine" and all(len(v) == 64 for k, v in said[1].items() if k != "name") and len(said[1]) == 3
 
 
 def test_stages_of_two_cascades_are_refused(small, tmp_path):
