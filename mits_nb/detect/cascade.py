@@ -7,7 +7,10 @@ __all__ = ['log', 'TRUSTED', 'REPORT_SCHEMA', 'PAGE_STYLE', 'REPORT_TEMPLATE', '
            'slice_features', 'new_svm', 'fewer_components', 'train_svm', 'stored_types', 'load_svm', 'run_rule',
            'enough_in_a_row', 'find_regions', 'note_slices', 'slice_truth', 'predictive_value', 'verdict_worth',
            'Report', 'read_report', 'region_table', 'slices_of', 'draw_heatmap', 'report_figure', 'region_figure',
-           'figure_png', 'embedded', 'report_page', 'Cascade', 'file_sha256', 'save_cascade', 'load_cascade']
+           'figure_png', 'embedded', 'report_page', 'Cascade', 'file_sha256', 'save_cascade', 'load_cascade',
+           'window_at', 'window_picture', 'glcm_picture', 'as_report', 'as_truth', 'inspector_overlays',
+           'inspector_status', 'inspector_controls', 'HeatmapInspector', 'region_voxel', 'hottest_voxel', 'go_to',
+           'wire_inspector']
 
 # %% ../../nbs/17_detect.cascade.ipynb #9d017274
 import base64, hashlib, io, json, logging, zipfile
@@ -612,3 +615,230 @@ def load_cascade(
     cascade = cls(Detector.from_pretrained(folder / "detector"), load_svm(folder / "svm.skops"), config, (a, b), record)
     cascade.weights = {"name": folder.name, **{f"sha256 of {name}": together[name] for name in ("detector/model.safetensors", "svm.skops")}}
     return cascade
+
+# %% ../../nbs/17_detect.cascade.ipynb #839ec872
+def window_at(
+    report: Report, # From `Cascade.inspect`
+    at: tuple, # (z, y, x) voxel
+) -> dict: # cell (row, column); centre (y, x) in pixels; probability; inside the circle?; region: its index, or None
+    "The window of the grid that answers for a voxel, and what the report says about it. Raises `UsageError` for a slice that the report does not have."
+    z, (rows, columns) = int(at[0]), report.heatmap.shape[1:]
+    if not 0 <= z < len(report.heatmap): raise UsageError(f"slice {z} was not inspected: the report has slices 0 to {len(report.heatmap) - 1}")
+    i, j = (min(max((int(v) - 14) // 4, 0), n - 1) for v, n in zip(at[1:], (rows, columns)))
+    centre = (16 + 4 * i, 16 + 4 * j)
+    region = next((k for k, r in enumerate(report.regions) if all(a <= v < b for v, (a, b) in zip((z, *centre), r["box_voxel"]))), None)
+    inside = bool(grid_mask(report.scan["shape"][1:])[i, j]) if "shape" in report.scan else True
+    return {"cell": (i, j), "centre": centre, "probability": float(report.heatmap[z, i, j]), "inside": inside, "region": region}
+
+# %% ../../nbs/17_detect.cascade.ipynb #7645934b
+def window_picture(
+    hu: np.ndarray, # (z, y, x) of the scan
+    spacing: tuple, # (z, y, x) mm, for the aspect
+    z: int, # Slice
+    centre: tuple, # (y, x) of `window_at`
+    size: int = 192, # Pixels of the longer side
+    level: tuple = LUNG, # (level, width), HU
+) -> np.ndarray: # uint8 (height, width)
+    "One 32 x 32 window, enlarged: all that the first stage sees when it gives its probability."
+    from mits_nb.viewer import look, paint
+    y, x = centre
+    cut = hu[z:z + 1, y - 16:y + 16, x - 16:x + 16]
+    return paint(look(cut.shape, spacing, size=size), cut, *level)
+
+# %% ../../nbs/17_detect.cascade.ipynb #a7e1ed52
+def glcm_picture(
+    heat: np.ndarray, # (rows, columns) of one slice
+    config: CascadeConfig, # Levels and floor of the second stage
+    probability: float | None = None, # Of a window that is pointed out
+    size: int = 192, # Pixels, rounded to whole pixels a level
+) -> np.ndarray: # uint8 (n, n, 3), level a upwards, level b to the right, both from 0
+    "The co-occurrence matrix of a slice as the second stage gets it, all four directions added, logarithm in colour; two lines meet where pairs of windows like the one pointed out would lie."
+    from matplotlib import colormaps
+    counts = glcm(quantised(np.where(heat < config.floor, 0, heat)[None], config.levels), config.levels)[0].sum(2)
+    strength = np.log1p(counts) / np.log1p(max(counts.max(), 1))
+    picture = (colormaps["viridis"](strength[::-1])[..., :3] * 255).astype(np.uint8)
+    step = max(1, round(size / config.levels))
+    picture = picture.repeat(step, 0).repeat(step, 1)
+    if probability is not None:
+        level = int(quantised(np.array(probability if probability >= config.floor else 0.), config.levels))
+        k = level * step + step // 2
+        picture[len(picture) - 1 - k], picture[:, k] = (255, 176, 0), (255, 176, 0)
+    return picture
+
+# %% ../../nbs/17_detect.cascade.ipynb #6a031c01
+def as_report(
+    scan: Scan, # What is shown
+    report_or_cascade, # `Report` of this scan; or a `Cascade`, which inspects it now
+) -> Report:
+    "A report that belongs to the scan. Raises `UsageError` for anything else, `DetectError`."
+    report = report_or_cascade.inspect(scan) if isinstance(report_or_cascade, Cascade) else report_or_cascade
+    if not isinstance(report, Report): raise UsageError(f"an inspector needs a Report or a Cascade, not {report!r:.60}: give what Cascade.inspect returned")
+    slices_of(report, scan)
+    return report
+
+# %% ../../nbs/17_detect.cascade.ipynb #f40b64a0
+def as_truth(
+    scan: Scan, # What is shown
+    truth=None, # `GroundTruth`, a bool mask (z, y, x), or None: taken from the scan's history
+): # `GroundTruth`, or None where nothing is known
+    "What is known about forgeries of a scan. Raises `UsageError` for a mask of another shape."
+    from mits_nb.attack.tamper import GroundTruth, ground_truth
+    if truth is None: return ground_truth(scan) if any(note.get("kind") == "forged" for note in scan.history) else None
+    if not isinstance(truth, GroundTruth): truth = GroundTruth(np.asarray(truth, bool), (), ())
+    if truth.mask.shape != scan.shape: raise UsageError(f"the ground truth has shape {truth.mask.shape}, the scan {scan.shape}: they must agree")
+    return truth
+
+# %% ../../nbs/17_detect.cascade.ipynb #1fc1d951
+def inspector_overlays(
+    report: Report, # From `Cascade.inspect`
+    opacity: float = .6, # Largest opacity of the heatmap
+    threshold: float = .25, # Cells below it are transparent
+    truth=None, # `GroundTruth` to show, or None
+) -> list: # For a `Pane` of chapter 5
+    "Heatmap, boxes of the regions (amber) and what was really changed (blue)."
+    from mits_nb.viewer import Boxes, Heat, Tint
+    cells = np.where(report.heatmap >= max(threshold, 1e-6), report.heatmap, np.nan) # outside the circle it is 0
+    overlays = [Heat(cells, start=(0, 15.5, 15.5), step=(1, 4, 4), cmap="inferno", alpha=float(opacity), fade=False), Boxes([r["box_voxel"] for r in report.regions])]
+    if truth is not None: overlays += [Tint(truth.mask, (60, 160, 255), .45), Boxes([p["box"] for p in truth.places if "box" in p], (60, 160, 255))]
+    return overlays
+
+# %% ../../nbs/17_detect.cascade.ipynb #45778f81
+def inspector_status(
+    report: Report, # From `Cascade.inspect`
+    z: int, # Slice
+    here: dict, # From `window_at`
+    truth=None, # `GroundTruth` where it is shown
+) -> str: # Words
+    "What the report says about a slice and a window of it."
+    one, region = report.slices[z], here["region"]
+    words = [f"slice {z}: probability {one['probability']:.2f}, called {'tampered' if one['tampered'] else 'unforged'}",
+             f"window at y, x = {here['centre'][0]}, {here['centre'][1]}: {here['probability']:.2f}" + ("" if here["inside"] else " (outside the circle, not looked at)")]
+    if region is not None: words.append(f"region {region + 1} of {len(report.regions)}, score {report.regions[region]['score']:.2f}")
+    if truth is not None: words.append("truth: " + ("changed in this slice" if truth.mask[z].any() else "unchanged slice"))
+    return " · ".join(words)
+
+# %% ../../nbs/17_detect.cascade.ipynb #eb55ba10
+def inspector_controls(
+    n_regions: int, # Regions of the report
+    has_truth: bool, # Is anything known?
+) -> dict: # Name -> widget
+    "The controls of the inspector, below the viewer's own."
+    import ipywidgets as w
+    def slider(name, value): return w.FloatSlider(value, min=0, max=1, step=.05, description=name, readout_format=".2f", style={"description_width": "58px"}, layout=w.Layout(width="250px"))
+    return {"opacity": slider("opacity", .6), "threshold": slider("threshold", .25),
+            "next": w.Button(description=f"Next region ({n_regions})", icon="forward", disabled=n_regions == 0, tooltip="jump to the next region, most certain first", layout=w.Layout(width="150px")),
+            "truth": w.ToggleButton(False, description="Ground truth", icon="eye", disabled=not has_truth, tooltip="show what was really changed" if has_truth else "nothing is known about this scan", layout=w.Layout(width="130px"))}
+
+# %% ../../nbs/17_detect.cascade.ipynb #1fb5cd31
+class HeatmapInspector:
+    "Scroll, click a window, jump from region to region, uncover the truth. Show it by ending a cell with it. State: `viewer.index`, `viewer.at`, and the values of `controls`."
+    def __init__(
+        self,
+        scan: Scan, # The scan that was inspected
+        report, # Its `Report`; or a `Cascade`, which inspects it now
+        truth=None, # `GroundTruth` or a bool mask (z, y, x); None: from the scan's history, where there is one
+        at: tuple | None = None, # (z, y, x) voxel to start from; None: the first region, else the hottest window
+        size: int = 340, # Longer side of the picture, pixels
+    ):
+        import ipywidgets as w
+        from mits_nb.viewer import Pane, Screen, SliceViewer
+        self.scan, self.report, self.truth = scan, as_report(scan, report), as_truth(scan, truth)
+        self.region = 0 if at is None and self.report.regions else -1
+        if at is None: at = hottest_voxel(self.report) if self.region < 0 else region_voxel(self.report, 0)
+        self.controls = inspector_controls(len(self.report.regions), self.truth is not None)
+        self.viewer = SliceViewer([Pane(scan, "heatmap", inspector_overlays(self.report))], at=at, size=size)
+        self.viewer.screen.hint += "; n and p: next and previous region; t: truth; [ and ]: threshold; comma and full stop: opacity"
+        self.details, self.status = Screen(hint="the window under the cross, and the co-occurrence matrix of its slice"), w.HTML()
+        line = w.Layout(flex_flow="row wrap", align_items="center")
+        self.ui = w.VBox([w.HBox(list(self.controls.values()), layout=line), w.HBox([self.viewer, self.details], layout=w.Layout(flex_flow="row wrap", align_items="flex-end")), self.status])
+        wire_inspector(self)
+        self.look_closer()
+
+    @property
+    def place(self) -> tuple[int, int, int]: # (z, y, x): the marked place, in the slice that is shown
+        z, y, x = self.viewer.at or hottest_voxel(self.report)
+        return (self.viewer.index if self.viewer.plane == "axial" else z, y, x)
+
+    def show_overlays(self) -> None:
+        "Opacity, threshold and truth follow the controls."
+        from mits_nb.viewer import Pane
+        c = self.controls
+        self.viewer.panes = (Pane(self.scan, "heatmap", inspector_overlays(self.report, c["opacity"].value, c["threshold"].value, self.truth if c["truth"].value else None)),)
+        self.look_closer()
+
+    def pictures(self) -> list[tuple[str, np.ndarray]]: # (title, picture) of window and matrix
+        z, here = self.place[0], window_at(self.report, self.place)
+        return [(f"window, {here['probability']:.2f}", window_picture(self.scan.hu, self.scan.spacing, z, here["centre"], level=self.viewer.window)),
+                (f"co-occurrence, slice {z}", glcm_picture(self.report.heatmap[z], self.report.settings, here["probability"]))]
+
+    def look_closer(self) -> None:
+        "Window, matrix and words follow the marked place."
+        from mits_nb.viewer import png_bytes
+        self.details.frames = [{"png": png_bytes(p), "sheets": [], "voxel_sheets": 0, "title": t, "alt": t, "width": p.shape[1], "height": p.shape[0]} for t, p in self.pictures()]
+        words = inspector_status(self.report, self.place[0], window_at(self.report, self.place), self.truth if self.controls["truth"].value else None)
+        self.status.value = f'<span role="status">{words}</span>'
+
+    def go(self, step: int = 1) -> None:
+        "Jump to the next region (or, with -1, the one before), round and round."
+        if not self.report.regions: return
+        self.region = (max(self.region, -1 if step > 0 else 0) + step) % len(self.report.regions)
+        go_to(self.viewer, region_voxel(self.report, self.region))
+
+    def still(self, size: int = 230) -> bytes: # A PNG file
+        "What is shown now, as one picture."
+        from mits_nb.viewer import paint, still, viewer_pens, viewer_view
+        shown = [("heatmap, " + self.viewer.plane + f" {self.viewer.index}", paint(viewer_view(self.viewer, size), self.scan.hu, *self.viewer.window, [*self.viewer.panes[0].overlays, *viewer_pens(self.viewer)])), *self.pictures()]
+        return still([picture for _, picture in shown], [title for title, _ in shown])
+
+    def _repr_mimebundle_(self, **options):
+        from mits_nb.viewer import bundle
+        return bundle(self.ui._repr_mimebundle_(**options), self.still(), f"HeatmapInspector({len(self.report.regions)} regions; needs a running kernel)")
+
+# %% ../../nbs/17_detect.cascade.ipynb #f406c9d6
+def region_voxel(
+    report: Report, # From `Cascade.inspect`
+    number: int, # Of the region
+) -> tuple[int, int, int]: # (z, y, x)
+    "The voxel nearest to a region's centre."
+    return tuple(min(max(round(c), 0), n - 1) for c, n in zip(report.regions[number]["centre_voxel"], report.scan["shape"]))
+
+# %% ../../nbs/17_detect.cascade.ipynb #92aeec40
+def hottest_voxel(
+    report: Report, # From `Cascade.inspect`
+) -> tuple[int, int, int]: # (z, y, x)
+    "The centre of the most suspicious window."
+    z, i, j = np.unravel_index(int(report.heatmap.argmax()), report.heatmap.shape)
+    return int(z), int(16 + 4 * i), int(16 + 4 * j)
+
+# %% ../../nbs/17_detect.cascade.ipynb #7d8f95c1
+def go_to(
+    viewer, # `SliceViewer`, changed
+    at: tuple, # (z, y, x) voxel
+) -> None:
+    "Mark a voxel and show its slice, in whatever plane."
+    from mits_nb.viewer import PLANES, set_state
+    set_state(viewer, "at", at)
+    set_state(viewer, "index", at[PLANES[viewer.plane][0]])
+
+# %% ../../nbs/17_detect.cascade.ipynb #0564901b
+def wire_inspector(
+    inspector: HeatmapInspector, # Changed
+) -> None:
+    "Tie controls, keys and viewer to what they do."
+    from mits_nb.viewer import set_state
+    controls, viewer = inspector.controls, inspector.viewer
+    def nudge(name, by): controls[name].value = round(min(max(controls[name].value + by, 0), 1), 2)
+    def truth():
+        if not controls["truth"].disabled: controls["truth"].value = not controls["truth"].value
+    keys = {"n": lambda: inspector.go(1), "p": lambda: inspector.go(-1), "t": truth, "[": lambda: nudge("threshold", -.05), "]": lambda: nudge("threshold", .05),
+            ",": lambda: nudge("opacity", -.05), ".": lambda: nudge("opacity", .05)}
+    def key(event):
+        if event.get("kind") == "key" and event.get("key") in keys: keys[event["key"]]()
+    def beside(event): # the wheel and the keys work over the right-hand pictures too
+        if event["kind"] == "step": set_state(viewer, "index", viewer.index + int(event["n"]))
+        key(event)
+    viewer.screen.on_msg(lambda widget, content, buffers: key(content)) # the viewer itself answers the browser
+    inspector.details.listen(beside)
+    controls["next"].on_click(lambda _: inspector.go(1))
+    for name in ("opacity", "threshold", "truth"): controls[name].observe(lambda _: inspector.show_overlays(), "value")
+    viewer.observe(lambda _: inspector.look_closer(), ["index", "at", "plane", "window"])
