@@ -652,10 +652,11 @@ def glcm_picture(
     probability: float | None = None, # Of a window that is pointed out
     size: int = 192, # Pixels, rounded to whole pixels a level
 ) -> np.ndarray: # uint8 (n, n, 3), level a upwards, level b to the right, both from 0
-    "The co-occurrence matrix of a slice as the second stage gets it, all four directions added, logarithm in colour; two lines meet where pairs of windows like the one pointed out would lie."
+    "The co-occurrence matrix of a slice as the second stage gets it, all four directions added, logarithm in colour, the corner (0, 0) cut off at the next highest; two lines meet where pairs of windows like the one pointed out would lie."
     from matplotlib import colormaps
     counts = glcm(quantised(np.where(heat < config.floor, 0, heat)[None], config.levels), config.levels)[0].sum(2)
-    strength = np.log1p(counts) / np.log1p(max(counts.max(), 1))
+    most = max(counts.ravel()[1:].max(), 1) # but for the pairs (0, 0), which outnumber all others
+    strength = np.clip(np.log1p(counts) / np.log1p(most), 0, 1)
     picture = (colormaps["viridis"](strength[::-1])[..., :3] * 255).astype(np.uint8)
     step = max(1, round(size / config.levels))
     picture = picture.repeat(step, 0).repeat(step, 1)
