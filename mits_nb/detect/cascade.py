@@ -408,9 +408,9 @@ def report_figure(
     for i, region in enumerate(report.regions): left.axvspan(region["slices"][0] - .5, region["slices"][-1] + .5, color="#ffb000", alpha=.3, lw=0, label="region" if i == 0 else None)
     left.plot(range(len(p)), p, color="#3b6fb6", marker="o", ms=2.5, lw=1, label="slice")
     left.axhline(report.settings.threshold, color="gray", lw=.8, ls=":", label="threshold")
-    left.set(xlabel="slice", ylabel="probability of tampering", ylim=(-.03, 1.03), title=f"{len(report.regions)} region{'s' * (len(report.regions) != 1)}, {sum(s['tampered'] for s in report.slices)} of {len(p)} slices")
+    left.set(xlabel="slice", ylabel="probability of tampering", ylim=(-.03, 1.22), yticks=np.linspace(0, 1, 6), title=f"{len(report.regions)} region{'s' * (len(report.regions) != 1)}, {sum(s['tampered'] for s in report.slices)} of {len(p)} slices")
     left.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(fontsize=8, loc="upper right")
+    left.legend(fontsize=8, loc="upper center", ncols=3, frameon=False)
     shown = draw_heatmap(right, hu[z], report.heatmap[z], getattr(scan, "spacing", (1., 1., 1.))[1:])
     if worst:
         (y0, y1), (x0, x1) = worst["box_voxel"][1:]
@@ -725,7 +725,7 @@ def inspector_controls(
 ) -> dict: # Name -> widget
     "The controls of the inspector, below the viewer's own."
     import ipywidgets as w
-    def slider(name, value): return w.FloatSlider(value, min=0, max=1, step=.05, description=name, readout_format=".2f", style={"description_width": "58px"}, layout=w.Layout(width="250px"))
+    def slider(name, value): return w.FloatSlider(value, min=0, max=1, step=.05, description=name, readout_format=".2f", style={"description_width": "66px"}, layout=w.Layout(width="260px"))
     return {"opacity": slider("opacity", .6), "threshold": slider("threshold", .25),
             "next": w.Button(description=f"Next region ({n_regions})", icon="forward", disabled=n_regions == 0, tooltip="jump to the next region, most certain first", layout=w.Layout(width="150px")),
             "truth": w.ToggleButton(False, description="Ground truth", icon="eye", disabled=not has_truth, tooltip="show what was really changed" if has_truth else "nothing is known about this scan", layout=w.Layout(width="130px"))}
@@ -747,11 +747,13 @@ class HeatmapInspector:
         self.region = 0 if at is None and self.report.regions else -1
         if at is None: at = hottest_voxel(self.report) if self.region < 0 else region_voxel(self.report, 0)
         self.controls = inspector_controls(len(self.report.regions), self.truth is not None)
-        self.viewer = SliceViewer([Pane(scan, "heatmap", inspector_overlays(self.report))], at=at, size=size)
+        self.viewer = SliceViewer([Pane(scan, "", inspector_overlays(self.report))], at=at, size=size)
         self.viewer.screen.hint += "; n and p: next and previous region; t: truth; [ and ]: threshold; comma and full stop: opacity"
         self.details, self.status = Screen(hint="the window under the cross, and the co-occurrence matrix of its slice"), w.HTML()
         line = w.Layout(flex_flow="row wrap", align_items="center")
-        self.ui = w.VBox([w.HBox(list(self.controls.values()), layout=line), w.HBox([self.viewer, self.details], layout=w.Layout(flex_flow="row wrap", align_items="flex-end")), self.status])
+        own, screen, words = self.viewer.children # the viewer's controls, its pictures, its line of words: the details come beside the pictures
+        self.viewer.children = (own, w.HBox([screen, self.details], layout=w.Layout(flex_flow="row wrap", align_items="flex-start")), words)
+        self.ui = w.VBox([w.HBox(list(self.controls.values()), layout=line), self.viewer, self.status])
         wire_inspector(self)
         self.look_closer()
 
@@ -764,7 +766,7 @@ class HeatmapInspector:
         "Opacity, threshold and truth follow the controls."
         from mits_nb.viewer import Pane
         c = self.controls
-        self.viewer.panes = (Pane(self.scan, "heatmap", inspector_overlays(self.report, c["opacity"].value, c["threshold"].value, self.truth if c["truth"].value else None)),)
+        self.viewer.panes = (Pane(self.scan, "", inspector_overlays(self.report, c["opacity"].value, c["threshold"].value, self.truth if c["truth"].value else None)),)
         self.look_closer()
 
     def pictures(self) -> list[tuple[str, np.ndarray]]: # (title, picture) of window and matrix
@@ -788,7 +790,7 @@ class HeatmapInspector:
     def still(self, size: int = 230) -> bytes: # A PNG file
         "What is shown now, as one picture."
         from mits_nb.viewer import paint, still, viewer_pens, viewer_view
-        shown = [("heatmap, " + self.viewer.plane + f" {self.viewer.index}", paint(viewer_view(self.viewer, size), self.scan.hu, *self.viewer.window, [*self.viewer.panes[0].overlays, *viewer_pens(self.viewer)])), *self.pictures()]
+        shown = [(f"{self.viewer.plane} {self.viewer.index}", paint(viewer_view(self.viewer, size), self.scan.hu, *self.viewer.window, [*self.viewer.panes[0].overlays, *viewer_pens(self.viewer)])), *self.pictures()]
         return still([picture for _, picture in shown], [title for title, _ in shown])
 
     def _repr_mimebundle_(self, **options):
