@@ -74,6 +74,22 @@ def test_one_class_is_an_error():
         with pytest.raises(TrainError, match="one class"): train_svm(np.zeros((20, 8), np.float32), truth, np.arange(20), config)
 
 
+@pytest.mark.parametrize("scan", [np.arange(40) // 2 % 5, np.zeros(40, int), np.r_[np.zeros(30, int), np.ones(5, int), np.full(5, 2)], np.arange(40) % 2],
+                         ids=["even", "one scan", "one large and two small scans", "two scans"])
+def test_256_components_of_40_slices_fall_back_however_the_scans_divide(scan, caplog):
+    maps, truth, _ = slices()
+    if scan[:2].tolist() == [0, 1]: truth = np.arange(40) // 2 % 2 == 1
+    with caplog.at_level("WARNING", "mits_nb"): svm, _, found = train_svm(slice_features(maps, from_preset(CascadeConfig, "tiny")), truth, scan, from_preset(CascadeConfig, "tiny", components=256), show_progress=False)
+    smallest = 40 - max(np.bincount(scan)) if len(set(scan)) > 1 else 26
+    assert found["components"] == svm["pca"].n_components_ == min(31, smallest - 1 if smallest < 31 else 31) and f"using {found['components']}" in caplog.text
+
+
+def test_slices_that_cannot_be_cross_validated_are_an_error():
+    config, features = from_preset(CascadeConfig, "tiny", components=4), np.random.default_rng(0).random((20, 8)).astype(np.float32)
+    with pytest.raises(TrainError, match="single scan"): train_svm(features, np.arange(20) < 10, np.arange(20) // 10, config, show_progress=False)
+    with pytest.raises(TrainError): train_svm(features[:3], np.array([True, False, False]), np.zeros(3, int), config, show_progress=False)
+
+
 def test_too_few_samples_fall_back_and_say_so(caplog):
     assert fewer_components(256, 1000, 4096) == 256
     with caplog.at_level("WARNING", "mits_nb"): assert fewer_components(256, 100, 4096) == 79
