@@ -706,13 +706,14 @@ def run_detect(
     if out is not None and page is not None and out.absolute() == page.absolute(): raise UsageError(f"--out and --html are both {out}: give two names")
     from mits_nb.detect.cascade import Cascade
     from mits_nb.detect.heatmap import as_slices
-    from mits_nb.protect.mitsgan import check_hu
+    from mits_nb.protect.mitsgan import check_hu, lung_doubts
     compute, clock = pick_compute(args.device), Clock(say)
     cascade = Cascade.from_pretrained(args.weights).to(compute.device)
     scan = load_scan(args, None, clock)
     as_slices(scan)  # its sentences name the slice
     check_hu(scan)
-    with clock.step("inspect", "inspected it") as words:
+    if lung_doubts(scan): print("warning: no lung was found in this scan: the detector was trained on chest CT, elsewhere its verdict means little", file=sys.stderr)
+    with warnings_shown(), clock.step("inspect", "inspected it") as words:
         report = cascade.inspect(scan)
         words.append(f"{sum(s['tampered'] for s in report.slices)} of {len(report.slices)} slices look tampered")
     if out is not None: say(f"report: {report.save(out)}")

@@ -131,6 +131,16 @@ def test_pictures_that_are_no_ct(tmp_path, capsys, weights):
     fails([image(tmp_path / "picture.mha", np.full((4, 40, 40), 128, np.uint8)), "--weights", weights / "nothing"], capsys, "8-bit", "CT in HU") # "clean" would be a lie
 
 
+def test_a_ct_without_lung_is_inspected_with_a_warning(tmp_path, capsys, weights, phantom):
+    hu = phantom[0].hu.copy()
+    hu[(hu < -400) & (np.hypot(*np.ogrid[-80:80, -80:80]) < 76)] = 40 # no air inside, air around
+    hu[:, :4] = -1000
+    write_scan(phantom[0].with_hu(hu), tmp_path / "pelvis.mha")
+    assert mits_detect(words(tmp_path / "pelvis.mha", "--weights", weights / "nothing")) == 0
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: no lung was found")
+
+
 def test_two_series_need_a_choice(source, tmp_path, capsys, weights, phantom):
     both = tmp_path / "both"
     shutil.copytree(source / "series", both)
