@@ -47,6 +47,22 @@ forged[:, :, :, 0, 26:38, 26:38] = 100
 explorer = AlphaSweep(Sweep(info, rows, real, protected, goal, forged), value=0)
 """
 
+INSPECTOR = """
+import numpy as np
+from mits_nb.detect.cascade import CascadeConfig, HeatmapInspector, Report, find_regions
+from mits_nb.detect.windows import grid_mask
+from mits_nb.scan import Scan
+note = {"kind": "forged", "action": "inject", "at": [4.0, 50.0, 60.0], "box": [[1, 8], [40, 60], [50, 70]], "seed": 0}
+hu = np.random.default_rng(0).normal(-850, 40, (14, 160, 160)).round().astype(np.int16)
+hu[:, 90:110, 110:130] = 0
+scan = Scan(hu, (2.5, 1.0, 1.0)).with_hu(hu, note)
+z, y, x = np.mgrid[:14, :33, :33]
+heat = np.maximum((abs(z - 4) < 4) * np.exp(-((y - 8) ** 2 + (x - 11) ** 2) / 12), 0.9 * (abs(z - 9) < 4) * np.exp(-((y - 21) ** 2 + (x - 26) ** 2) / 12)).astype(np.float32)
+rows = [{"slice": k, "probability": float(h.max()), "tampered": bool(h.max() > 0.5)} for k, h in enumerate(heat)]
+report = Report(rows, find_regions(heat, scan, 0.5, 0.8), heat, int(grid_mask(160).sum()), (6, 7), {"shape": [14, 160, 160], "spacing_mm": [2.5, 1.0, 1.0]}, CascadeConfig(levels=32))
+inspector = HeatmapInspector(scan, report, size=320)
+"""
+
 
 def find_chromium():
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -68,7 +84,8 @@ def lab(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("lab")
     cells = [nbformat.v4.new_code_cell(SETUP), nbformat.v4.new_code_cell(SHOW)]
-    for name, content in (("widgets", cells), ("sweep", [nbformat.v4.new_code_cell(SWEEP), nbformat.v4.new_code_cell("explorer")])):
+    for name, content in (("widgets", cells), ("sweep", [nbformat.v4.new_code_cell(SWEEP), nbformat.v4.new_code_cell("explorer")]),
+                          ("inspector", [nbformat.v4.new_code_cell(INSPECTOR), nbformat.v4.new_code_cell("inspector")])):
         notebook = nbformat.v4.new_notebook(cells=content, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
         (folder / f"{name}.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
     port = free_port()
@@ -133,6 +150,7 @@ def page(lab, browser, tmp_path_factory):
 def run_cell(page, number):
     "Run one cell; what is sent while the kernel starts is lost, so look whether it arrived."
     for _ in range(20):
+        if page.locator(".jp-Dialog .jp-mod-accept").count(): page.click(".jp-Dialog .jp-mod-accept")  # a slow machine: asked for a kernel while it starts
         page.locator(".jp-CodeCell .jp-InputArea .cm-content").nth(number).click()
         page.keyboard.press("Shift+Enter")
         page.wait_for_timeout(1000)
@@ -145,7 +163,7 @@ def settle(page, seconds=0.4):
     "Wait until nothing has been drawn for a while and no forger is at work."
     page.wait_for_function("document.querySelector('.mits-screen').getAttribute('aria-busy') === 'false'")
     drawn = None
-    while drawn != (drawn := page.locator(".mits-screen").get_attribute("data-drawn")):
+    while drawn != (drawn := page.evaluate("[...document.querySelectorAll('.mits-screen')].map(e => e.dataset.drawn).join()")):
         page.wait_for_timeout(1000 * seconds)
 
 
@@ -296,3 +314,55 @@ def test_the_alpha_sweep(lab, browser, tmp_path):
     assert "alpha 0.2" in text(page) and page.locator(".widget-dropdown select").nth(1).input_value() == "blur 0.7"
     page.screenshot(path=tmp_path / "moved.png")
     page.close()
+
+
+@pytest.fixture(scope="module")
+def inspector(lab, browser, tmp_path_factory):
+    "The heatmap inspector."
+    page = open_notebook(browser, lab.replace("/lab/tree/widgets.ipynb", "/lab/workspaces/inspector/tree/inspector.ipynb"), tmp_path_factory.mktemp("failed") / "inspector.png")
+    yield page
+    page.close()
+
+
+def test_the_inspector_goes_from_region_to_region(inspector, tmp_path):
+    page = inspector
+    page.screenshot(path=tmp_path / "inspector.png")
+    assert page.locator(".mits-screen").count() == 2 and "slice 4 of 14" in slice_alt(page) and "region 1 of 2" in text(page)
+    captions = page.locator(".mits-screen figcaption").all_inner_texts()
+    assert captions[0] == "axial 4" and captions[1].startswith("window, 1.00") and captions[2] == "co-occurrence, slice 4"
+    window, matrix = pixels(page, 1), pixels(page, 2)
+    page.click("button:has-text('Next region')")
+    page.wait_for_function("document.body.innerText.includes('region 2 of 2')")
+    settle(page)
+    assert "slice 9 of 14" in slice_alt(page) and changed(window, pixels(page, 1)) > 0.3 and changed(matrix, pixels(page, 2)) > 0, "the second region is a bright block"
+    page.locator(".mits-screen figure > div").first.click(position={"x": 120, "y": 100})
+    page.keyboard.press("n")
+    page.wait_for_function("document.body.innerText.includes('region 1 of 2')")
+    settle(page)
+    assert "slice 4 of 14" in slice_alt(page) and changed(window, pixels(page, 1)) < 0.01
+
+
+def test_clicks_sliders_and_truth_of_the_inspector(inspector, tmp_path):
+    page = inspector
+    page.locator(".mits-screen figure > div").first.click(position={"x": 240, "y": 200})  # 320 pixels are 160 voxels
+    page.wait_for_function("document.body.innerText.includes('window at y, x = 100, 120')")
+    assert page.locator(".mits-screen figcaption").nth(1).inner_text().startswith("window, 0.0")
+    page.keyboard.press("ArrowUp")
+    settle(page)
+    assert "slice 5 of 14" in slice_alt(page) and page.locator(".mits-screen figcaption").nth(2).inner_text() == "co-occurrence, slice 5"
+    before = pixels(page)
+    page.click("button:has-text('Ground truth')")
+    page.wait_for_function("document.body.innerText.includes('truth: changed in this slice')")
+    settle(page)
+    page.screenshot(path=tmp_path / "truth.png")
+    truth = changed(before, pixels(page))
+    assert truth > 0.005
+    page.locator(".mits-screen figure > div").first.click(position={"x": 240, "y": 200})
+    page.keyboard.press("t")
+    page.wait_for_function("!document.body.innerText.includes('truth:')")
+    settle(page)
+    assert changed(before, pixels(page)) < truth / 4
+    for _ in range(14): page.keyboard.press("]")
+    settle(page)
+    page.wait_for_function("document.body.innerText.includes('0.95')")
+    assert changed(before, pixels(page)) > 0.001, "fewer cells are coloured"
