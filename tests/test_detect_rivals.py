@@ -7,13 +7,15 @@ import pytest
 import torch
 from scipy.fft import dctn
 
-from mits_nb.core import DetectError, TrainError, UsageError, WeightsError, torch_rng, write_json
-from mits_nb.detect.cascade import Cascade, CascadeConfig
-from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED, Detector, DetectorConfig, PatchSet, cut_patch, window_probability
+from mits_nb.attack.ctgan import CTGAN
+from mits_nb.attack.tamper import Equalizer, tamper
+from mits_nb.core import DetectError, TrainError, UsageError, WeightsError, from_preset, torch_rng, weights_path, write_json
+from mits_nb.detect.cascade import Cascade
+from mits_nb.detect.cnn import FORGED, PAIRED, Detector, PatchSet, cut_patch, window_probability
 from mits_nb.detect.heatmap import heatmap
-from mits_nb.detect.rivals import (METRICS, ROWS, TABLE1, TABLE2, TABLE3, TABLE4, DctDetector, Row, TablesConfig, TimmNet, ablation, beside_paper, dct_matrix,
-                                   draw_slices, fingerprint, first_stage, new_net, row_cascade, row_scores, scan_row, slide, stored_tables, table_rows, timm_body,
-                                   train_rival, whole_probability)
+from mits_nb.detect.rivals import (ROWS, TABLE1, TABLE2, TABLE3, TABLE4, CycleConfig, CycleForger, CycleInpainter, CycleNet, CycleTask, DctDetector, TablesConfig, TimmNet, ablation, add_noise,
+                                   beside_paper, clean_slices, cyclegan_patches, cyclegan_set, dct_matrix, denoising_gain, draw_piles, draw_slices, fingerprint, new_net, row_cascade,
+                                   row_scores, scan_row, slide, stored_tables, table_rows, timm_body, train_cyclegan, train_rival, whole_probability)
 from mits_nb.detect.windows import grid_mask, grid_shape
 from mits_nb.scan import Scan
 
@@ -313,3 +315,139 @@ def test_whole_scans_with_a_rival_as_first_stage(patches):
     assert line["tp"] + line["tn"] + line["fp"] + line["fn"] == 5 and line["regions"]["tp"] + line["regions"]["fn"] == 1
     line = scan_row(cascade, Scan(hu, (2.5, 1., 1.)), np.zeros(5, bool))
     assert line["tp"] == line["fn"] == 0 and line["regions"]["tp"] == line["regions"]["fn"] == 0
+
+
+@pytest.fixture(scope="module")
+def cleaner():
+    return CycleNet.from_pretrained(weights_path("cyclegan-tiny"))
+
+
+def test_noise_is_gaussian_and_impulses_and_leaves_padding():
+    hu = torch.full((1, 1, 300, 300), -500.)
+    hu[..., :20] = -2000
+    noisy = add_noise(hu, torch_rng(0, "n"), gaussian_hu=40., impulses=.02)
+    assert torch.equal(noisy[..., :20], hu[..., :20])
+    inside = noisy[..., 20:]
+    low, high = (inside == -1000).float().mean(), (inside == 1000).float().mean()
+    assert .008 < low < .012 and .008 < high < .012
+    rest = inside[(inside != -1000) & (inside != 1000)]
+    assert abs(rest.mean() + 500) < 1 and 39 < rest.std() < 41
+    assert torch.equal(noisy, add_noise(hu, torch_rng(0, "n"), gaussian_hu=40., impulses=.02))
+
+
+def test_the_generator_starts_by_changing_nothing_at_any_size():
+    hu = torch.randn(2, 1, 37, 50, generator=torch_rng(0, "x")) * 300 - 700
+    assert torch.equal(CycleNet()(hu), hu)
+
+
+def test_shipped_cyclegan_takes_noise_out_and_keeps_the_anatomy(cleaner, phantom):
+    for gaussian_hu, impulses in ((60., .01), (40., .005)):
+        gain = denoising_gain(cleaner, phantom[0].hu[10:12], gaussian_hu=gaussian_hu, impulses=impulses)
+        assert gain["cleaned"] > gain["noisy"] + 3 and gain["untouched"] > gain["cleaned"]
+    hu = phantom[0].hu[10].astype(np.float32)
+    noisy = add_noise(torch.from_numpy(hu)[None, None], torch_rng(0, "n"))[0, 0].numpy()
+    cleaned = clean_slices(cleaner, noisy)
+    grain = lambda x: np.median(np.abs(np.diff(x.astype(float), axis=1)))
+    assert grain(cleaned) < .6 * grain(noisy) and cleaned.dtype == np.int16
+    assert np.corrcoef(cleaned.ravel(), hu.ravel())[0, 1] > .98
+
+
+def test_shipped_cyclegan_is_small(cleaner):
+    folder = weights_path("cyclegan-tiny", "card.md", "history.json")
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 1_000_000
+    assert "dB" in (folder / "card.md").read_text(encoding="utf-8")
+
+
+def test_shipped_cyclegan_on_a_patient(cleaner, data_dir):
+    from mits_nb.data import development_scans
+    from mits_nb.scan import read_scan
+    gain = denoising_gain(cleaner, read_scan(development_scans()["LIDC-IDRI-0003"]).hu[20:21])
+    assert gain["cleaned"] > gain["noisy"] + 2
+
+
+def test_clean_slices_keeps_shape_and_padding_and_refuses_nan(cleaner):
+    hu = np.full((2, 40, 51), -800, np.int16)
+    hu[:, :3] = -2000
+    out = clean_slices(cleaner, hu)
+    assert out.shape == hu.shape and (out[:, :3] == -2000).all() and clean_slices(cleaner, hu[0]).shape == (40, 51)
+    with pytest.raises(DetectError): clean_slices(cleaner, np.full((40, 40), np.nan))
+
+
+def test_cyclegan_trains_from_zero_losses(phantom):
+    config = from_preset(CycleConfig, "tiny", width=8, blocks=1, d_width=4, batch=2, crop=64, steps=3)
+    torch.manual_seed(0)
+    task = CycleTask(config)
+    first = {name: net.state_dict()["body.1.weight"].clone() for name, net in task.networks.items() if name in ("clean", "spoil")}
+    batch = draw_piles([phantom[0]], config, torch_rng(0, "b"))
+    assert batch["noisy"].shape == batch["clean"].shape == (2, 1, 64, 64) and not torch.equal(batch["noisy"], batch["clean"])
+    losses = [task.update(batch, lambda loss: loss.backward()) for _ in range(3)]
+    assert float(losses[0]["cycle"]) == float(losses[0]["identity"]) == 0 < float(losses[-1]["cycle"])
+    assert all(not torch.equal(task.networks[name].state_dict()["body.1.weight"], w) for name, w in first.items())
+
+
+def test_training_the_cyclegan_writes_weights_and_card(phantom, tmp_path):
+    settings = dict(width=8, blocks=1, d_width=4, batch=2, crop=64, steps=3, show_progress=False)
+    net = train_cyclegan("tiny", tmp_path / "net", [phantom[0]], **settings)
+    again = CycleNet.from_pretrained(tmp_path / "net")
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(net.parameters(), again.parameters()))
+    assert {f.name for f in tmp_path.iterdir()} == {"net"} and {f.name for f in (tmp_path / "net").iterdir()} == {"config.json", "model.safetensors", "history.json", "card.md"}
+    with pytest.raises(TrainError, match="smaller than crops"): train_cyclegan("tiny", tmp_path / "other", [phantom[0]], **{**settings, "crop": 200})
+    with pytest.raises(TrainError, match="no scans"): train_cyclegan("tiny", tmp_path / "other", [])
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_cyclegan_set_comes_in_pairs(cleaner, phantom):
+    found = cyclegan_set([phantom[0].hu[:4], phantom[0].hu[10:12]], cleaner, every=2)
+    assert len(found.hu) == 6 and found.tampered.tolist() == [True, False] * 3 and found.scan.tolist() == [0] * 4 + [1] * 2
+    assert found.action.tolist() == ["denoise", ""] * 3
+    assert (found.hu[1] == phantom[0].hu[0]).all() and (found.hu[0] != found.hu[1]).mean() > .5
+    patches = cyclegan_patches(found, n=4)
+    assert len(patches) == 24 and (patches.kind == FORGED).sum() == 12
+    before, after = patches.hu[4:8], patches.hu[:4] # the same places
+    assert np.corrcoef(before.ravel().astype(float), after.ravel().astype(float))[0, 1] > .9
+
+
+def test_an_untrained_detector_learns_the_cyclegan_set(cleaner, phantom):
+    learn, look = (cyclegan_patches(cyclegan_set(phantom[0].hu[part], cleaner, seed), 12, seed) for part, seed in ((slice(4, 12), 0), (slice(14, 18), 1)))
+    torch.manual_seed(0)
+    net, _ = train_rival(Detector(width=.125, dropout=.1), learn, replace(SMALL.detector, steps=30, batch=32), show_progress=False)
+    p = net.probability(torch.from_numpy(look.hu[:, None, 18:50, 18:50].astype(np.float32))).numpy()
+    from mits_nb.metrics import roc_auc
+    assert roc_auc(p, look.kind == FORGED) > .8
+
+
+@pytest.fixture(scope="module")
+def place(phantom):
+    from mits_nb.data import lung_places
+    return tuple(int(v) for v in lung_places(phantom[0], 1, seed=2, margin_mm=8)[0])
+
+
+def test_the_inpainter_fits_the_pipeline(cleaner, phantom, place):
+    equalizer = Equalizer().fit(phantom[0].hu)
+    forged = tamper(phantom[0], place, CycleInpainter(cleaner, equalizer), "remove", equalizer=equalizer, seed=0)
+    note, = forged.history[len(phantom[0].history):]
+    box = tuple(slice(*b) for b in note["box"])
+    changed = forged.hu != phantom[0].hu
+    assert changed[box].any() and changed.sum() == changed[box].sum() # nothing outside the cuboid
+    again = tamper(phantom[0], place, CycleInpainter(cleaner, equalizer), "remove", equalizer=equalizer, seed=0)
+    assert (forged.hu == again.hu).all()
+
+
+def test_the_inpainter_knows_nothing_of_the_emptied_centre(cleaner):
+    "It gets what `empty_centre` left; the soap film does not read the hole."
+    equalizer, cube = Equalizer(), torch.rand(1, 1, 32, 32, 32, generator=torch_rng(0, "c")) - .5
+    other = cube.clone()
+    other[..., 8:24, 8:24, 8:24] = .3
+    paint = CycleInpainter(cleaner, equalizer)
+    assert paint(cube).shape == cube.shape and torch.allclose(paint(cube), paint(other), atol=1e-4)
+    assert not torch.equal(CycleInpainter(cleaner, equalizer, seed=1)(cube), paint(cube))
+
+
+def test_the_forger_is_another_one_than_the_ctgan(cleaner, phantom, place):
+    ctgan = CTGAN.from_pretrained("ctgan-tiny")
+    forger = CycleForger(cleaner, ctgan)
+    a, b = forger.tamper(phantom[0], place, "inject", seed=3), ctgan.tamper(phantom[0], place, "inject", seed=3)
+    box = tuple(slice(*x) for x in a.history[-1]["box"])
+    assert (a.hu[box] != b.hu[box]).any() and a.history[-1]["kind"] == "forged"
+    assert np.corrcoef(a.hu[box].ravel(), b.hu[box].ravel())[0, 1] > .8 # but the same lesion
+    with pytest.raises(UsageError): forger.tamper(phantom[0], place, "paint")

@@ -386,9 +386,9 @@ def row_cascade(
 ) -> Cascade: # With any network as detector
     "Both stages of a row. Raises `TrainError`, and `UsageError` for a row without a second stage."
     if row.whole: raise UsageError("a network for whole slices has no second stage: use first_stage and whole_probability")
+    if not row.glcm and len({np.shape(one) for one in slices.hu}) > 1: raise TrainError("slices of different sizes need the co-occurrence features: give slices of one size for the row Ours-GLCM")
     net, settings = first_stage(row, patches, config, seed, out, show_progress), replace(config.cascade, use_glcm=row.glcm)
     maps = slice_maps(net, slices, show_progress)
-    if not row.glcm and len({m.shape for m in maps}) > 1: raise TrainError("slices of different sizes need the co-occurrence features: give slices of one size for the row Ours-GLCM")
     features = np.concatenate([slice_features(m[None], settings) for m in maps])
     svm, calibration, grid = train_svm(features, np.asarray(slices.tampered), np.asarray(slices.scan), settings, seed, show_progress)
     return Cascade(net, svm, settings, calibration, {"history": {"second_stage": grid}})
