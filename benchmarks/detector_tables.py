@@ -34,7 +34,7 @@ def read_slices(path):
 
 
 def write_sets(folder, patches, slices, test):
-    "patches: {"": PatchSet, "inject": PatchSet, "remove": PatchSet}, the last two where there are any; slices and test: `ForgedSlices`."
+    "patches: {'': PatchSet, 'inject': PatchSet, 'remove': PatchSet}, the last two where there are any; slices and test: `ForgedSlices`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for action, part in patches.items(): np.savez_compressed(folder / f"patches{action and '-' + action}.npz", hu=part.hu, kind=part.kind)

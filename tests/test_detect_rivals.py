@@ -83,7 +83,7 @@ def test_a_rival_stands_where_a_detector_stands(make):
     torch.manual_seed(0)
     net = make()
     hu = torch.randn(5, 1, 32, 32, generator=torch_rng(0, "hu")) * 100 - 800
-    net.train()
+    for _ in range(30): net.train()(hu) # statistics under which answers differ
     assert net(hu).shape == (5, 2)
     p = net.probability(hu)
     assert net.training and p.shape == (5,) and ((p >= 0) & (p <= 1)).all() # the mode comes back
@@ -92,7 +92,7 @@ def test_a_rival_stands_where_a_detector_stands(make):
     with pytest.raises(DetectError): net.probability(torch.zeros(1, 1, 33, 32))
     some = np.random.default_rng(0).normal(-800, 100, (2, 41, 52)).astype(np.float32)
     exact, dense = heatmap(some, net, method="windows"), heatmap(some, net)
-    assert exact.shape == (2, *grid_shape((41, 52))) and np.allclose(exact, dense, atol=2e-2)
+    assert exact.shape == (2, *grid_shape((41, 52))) and exact[:, grid_mask((41, 52))].std() > 1e-3 and np.allclose(exact, dense, atol=2e-2)
     assert ((exact == 0) == ~grid_mask((41, 52))).all()
 
 
@@ -381,7 +381,7 @@ def test_cyclegan_trains_from_zero_losses(phantom):
     batch = draw_piles([phantom[0]], config, torch_rng(0, "b"))
     assert batch["noisy"].shape == batch["clean"].shape == (2, 1, 64, 64) and not torch.equal(batch["noisy"], batch["clean"])
     losses = [task.update(batch, lambda loss: loss.backward()) for _ in range(3)]
-    assert float(losses[0]["cycle"]) == float(losses[0]["identity"]) == 0 < float(losses[-1]["cycle"])
+    assert losses[0]["cycle"].item() == losses[0]["identity"].item() == 0 < losses[-1]["cycle"].item()
     assert all(not torch.equal(task.networks[name].state_dict()["body.1.weight"], w) for name, w in first.items())
 
 

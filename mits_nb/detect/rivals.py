@@ -434,7 +434,7 @@ def ablation(
         p = np.concatenate([cascade.slice_probability(m[None]) for m in slice_maps(net, test_slices, show_progress)])
     tampered = np.asarray(test_slices.tampered, bool)
     result = {"row": name, "seed": seed, "scores": row_scores(p, tampered), "parameters": sum(w.numel() for w in net.parameters()), "step": getattr(net, "step", 1), "second_stage": second,
-              "seconds": round(time.perf_counter() - began, 1), "probability": [round(float(v), 4) for v in p], "tampered": tampered.tolist(), "scan": np.asarray(test_slices.scan).tolist(),
+              "seconds": round(time.perf_counter() - began, 1), "probability": [float(v) for v in p], "tampered": tampered.tolist(), "scan": np.asarray(test_slices.scan).tolist(),
               "action": [str(a) for a in test_slices.action], "settings": settings}
     if file is not None: write_json(file, result)
     return result
@@ -477,9 +477,9 @@ def beside_paper(
     for name, figures in published.items():
         ours = rows.get("Ours-SW" if name == "Ours-W" else name, {})
         line = {}
-        for m, p in zip(METRICS, figures): line |= {f"{m}, ours": ours.get(m), f"{m}, paper": p}
+        for m, p in zip(METRICS, figures): line |= {f"{m}, ours": ours.get(m, ""), f"{m}, paper": "" if p is None else p}
         low_high = ours.get("accuracy_interval")
-        lines[name] = line | {"AUC, ours": ours.get("auc"), "95 % of accuracy": "" if low_high is None else f"{low_high[0]:.3f} to {low_high[1]:.3f}",
+        lines[name] = line | {"AUC, ours": ours.get("auc") or "", "95 % of accuracy": "" if low_high is None else f"{low_high[0]:.3f} to {low_high[1]:.3f}",
                               "between seeds": "" if len(ours.get("seeds", ())) < 2 else f"{ours['spread']:.3f}", "seeds": len(ours.get("seeds", ()))}
     return pd.DataFrame(lines).T
 
