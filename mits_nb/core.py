@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'MitsError', 'ScanError', 'DataError', 'PlaceError', 'WeightsError', 'OutputError', 'TrainError',
            'DetectError', 'UsageError', 'rng', 'torch_rng', 'seed_everything', 'has_amx', 'Compute', 'pick_compute',
            'from_preset', 'atomic_write', 'atomic_dir', 'write_json', 'read_json', 'progress', 'weights_path',
-           'import_torchvision', 'versions', 'peak_rss_mb']
+           'kept_memory', 'import_torchvision', 'versions', 'peak_rss_mb']
 
 # %% ../nbs/00_core.ipynb #e8e7e9e1
 import contextlib, hashlib, json, logging, math, os, shutil, tempfile
@@ -278,6 +278,23 @@ def weights_path(
     for file in required:
         if not (folder / file).is_file(): raise WeightsError(f"{folder} has no {file}: the weights are incomplete, fetch or train them again")
     return folder
+
+# %% ../nbs/00_core.ipynb #29ded304
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    "While it lasts, freed memory is kept for the next tensor (GNU C library only); afterwards it goes back to the operating system."
+    import ctypes
+    try: libc = ctypes.CDLL("libc.so.6")
+    except OSError: libc = None # not GNU
+    def limits(mmap, trim): # sizes in bytes from which memory is mapped anew, and from which free memory is given back
+        libc.mallopt(-3, mmap)
+        libc.mallopt(-1, trim)
+    if libc is not None: limits(1 << 30, (1 << 31) - 1)
+    try: yield
+    finally:
+        if libc is not None:
+            limits(32 << 20, 64 << 20) # where the library's own adaptation ends
+            libc.malloc_trim(0)
 
 # %% ../nbs/00_core.ipynb #b6885873
 def import_torchvision() -> "module":

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import Compute, DataError, TrainError, UsageError, WeightsError
-from .core import atomic_dir, atomic_write, pick_compute, progress as progress_bar, read_json, torch_rng, write_json
+from .core import atomic_dir, atomic_write, kept_memory, pick_compute, progress as progress_bar, read_json, torch_rng, write_json
 
 # %% ../nbs/06_gan.ipynb #53127393
 log = logging.getLogger("mits_nb")
@@ -602,7 +602,7 @@ def fit(
     Raises `TrainError` (a loss not finite, a checkpoint of another run), `WeightsError` (a checkpoint of other networks), `OutputError` (disk full)."""
     from accelerate.utils import send_to_device
     if steps < 0 or log_every < 1: raise UsageError(f"fit cannot do steps={steps} with log_every={log_every}: use steps >= 0 and log_every >= 1")
-    with prepared(task, compute or pick_compute()) as accelerator, own_random_state(accelerator.device) as reseed:
+    with prepared(task, compute or pick_compute()) as accelerator, own_random_state(accelerator.device) as reseed, kept_memory():
         device, rank, main = accelerator.device, accelerator.process_index, accelerator.is_main_process
         if out is not None and main: _tidy(Path(out) / "checkpoints", everything=not resume)
         accelerator.wait_for_everyone()

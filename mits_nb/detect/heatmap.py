@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import DetectError, UsageError, pick_compute, progress
+from ..core import DetectError, UsageError, kept_memory, pick_compute, progress
 from .cnn import folded, window_probability
 from .windows import cut_windows, grid_mask, grid_shape, window_centres
 
@@ -53,16 +53,16 @@ def dense_heatmaps(
     "All windows of each slice in one pass. Sizes that are not multiples of 4 are filled up with air to the right and below, where no window looks."
     device = next(net.parameters()).device
     compute = pick_compute(device.type)
-    net = folded(net).to(memory_format=torch.channels_last)
+    net = folded(net).to(dtype=compute.dtype, memory_format=torch.channels_last)
     rows, columns = grid_shape(hu.shape[1:])
     fill = (0, -hu.shape[2] % 4, 0, -hu.shape[1] % 4)
     out = np.zeros((len(hu), rows, columns), np.float32)
     step = batch or (8 if device.type == "cuda" else 1)
-    for z in progress(range(0, len(hu), step), desc="heatmaps", disable=not show_progress):
-        x = torch.from_numpy(hu[z:z + step, None].astype(np.float32)).to(device)
-        x = nn.functional.pad(x, fill, value=-1000.).contiguous(memory_format=torch.channels_last)
-        with compute.autocast(): logits = net(x, dense=True)
-        out[z:z + step] = logits.float().softmax(1)[:, 1, :rows, :columns].cpu()
+    with kept_memory():
+        for z in progress(range(0, len(hu), step), desc="heatmaps", disable=not show_progress):
+            x = torch.from_numpy(hu[z:z + step, None].astype(np.float32)).to(device)
+            x = nn.functional.pad(x, fill, value=-1000.).contiguous(memory_format=torch.channels_last)
+            out[z:z + step] = net(x, dense=True).float().softmax(1)[:, 1, :rows, :columns].cpu()
     return out
 
 # %% ../../nbs/16_detect.heatmap.ipynb #54a74807
