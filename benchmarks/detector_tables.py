@@ -18,7 +18,8 @@ from mits_nb.attack.ctgan import CTGAN
 from mits_nb.core import DataError, UsageError, from_preset, read_json, rng, versions, weights_path, write_json
 from mits_nb.data import lung_places
 from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED, PatchSet, cut_patch
-from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, as_forged_slices, beside_paper, cyclegan_patches, cyclegan_set, row_cascade, scan_row, table_rows
+from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, beside_paper, cyclegan_patches, cyclegan_set, row_cascade, scan_row, table_rows
+from mits_nb.detect.training import ForgedSlices
 from mits_nb.detect.windows import window_centres
 from mits_nb.phantom import make_phantom
 from mits_nb.scan import read_scan, write_scan
@@ -30,7 +31,7 @@ def write_slices(path, slices):
 
 def read_slices(path):
     with np.load(path, allow_pickle=False) as f:
-        return as_forged_slices([f[f"hu_{i}"] for i in range(len(f["tampered"]))], f["tampered"], f["scan"], f["action"])
+        return ForgedSlices([f[f"hu_{i}"] for i in range(len(f["tampered"]))], f["tampered"], f["scan"], f["action"])
 
 
 def write_sets(folder, patches, slices, test):
@@ -66,7 +67,7 @@ def miniature(seeds, places):
             slices += [(forged.hu[z], True, number, action), (scan.hu[z], False, number, "")]
     patches = {a: PatchSet(np.stack([hu for b, hu, _ in cut if a in ("", b)]), np.array([k for b, _, k in cut if a in ("", b)], np.uint8)) for a in ("", "inject", "remove")}
     hu, tampered, scan, action = zip(*slices)
-    return patches, as_forged_slices(list(hu), np.array(tampered), np.array(scan), np.array(action))
+    return patches, ForgedSlices(list(hu), np.array(tampered), np.array(scan), np.array(action))
 
 
 def quick_sets(out):

@@ -1,6 +1,6 @@
 "Rivals and ablations: the interface of a detector, trainings, stored rows, tables, the CycleGAN."
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,21 +16,9 @@ from mits_nb.detect.heatmap import heatmap
 from mits_nb.detect.rivals import (ROWS, TABLE1, TABLE2, TABLE3, TABLE4, CycleConfig, CycleForger, CycleInpainter, CycleNet, CycleTask, DctDetector, TablesConfig, TimmNet, ablation, add_noise,
                                    beside_paper, clean_slices, cyclegan_patches, cyclegan_set, dct_matrix, denoising_gain, draw_piles, draw_slices, fingerprint, new_net, row_cascade,
                                    row_scores, scan_row, slide, stored_tables, table_rows, timm_body, train_cyclegan, train_rival, whole_probability)
+from mits_nb.detect.training import ForgedSlices
 from mits_nb.detect.windows import grid_mask, grid_shape
 from mits_nb.scan import Scan
-
-
-@dataclass(frozen=True)
-class Slices:
-    "As `ForgedSlices` of chapter 18."
-    hu: list
-    tampered: np.ndarray
-    scan: np.ndarray
-    action: np.ndarray
-
-    def only(self, action):
-        keep = [i for i in range(len(self.hu)) if self.action[i - i % 2] == action] # in pairs: forged, unforged
-        return Slices([self.hu[i] for i in keep], self.tampered[keep], self.scan[keep], self.action[keep])
 
 
 def grainy(seed, size=96):
@@ -48,7 +36,7 @@ def make_slices(n, seed, size=96):
     for i in range(n):
         before, after, _ = grainy(1000 * seed + i, size)
         hu, action, scan = hu + [after, before], action + [("inject", "remove")[i % 2], ""], scan + [i // 2 % 4] * 2
-    return Slices(hu, np.arange(2 * n) % 2 == 0, np.array(scan), np.array(action))
+    return ForgedSlices(hu, np.arange(2 * n) % 2 == 0, np.array(scan), np.array(action))
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +71,18 @@ def test_a_rival_stands_where_a_detector_stands(make):
     torch.manual_seed(0)
     net = make()
     hu = torch.randn(5, 1, 32, 32, generator=torch_rng(0, "hu")) * 100 - 800
+    if isinstance(net, DctDetector): net.learn_scale(hu)
     for _ in range(30): net.train()(hu) # statistics under which answers differ
     assert net(hu).shape == (5, 2)
     p = net.probability(hu)
     assert net.training and p.shape == (5,) and ((p >= 0) & (p <= 1)).all() # the mode comes back
     assert torch.equal(p, window_probability(net, hu))
+    assert next(net.to(dtype=torch.bfloat16).parameters()).dtype == torch.float32 # as `dense_heatmaps` asks for
     with pytest.raises(DetectError): net.probability(torch.full((1, 1, 32, 32), float("nan")))
     with pytest.raises(DetectError): net.probability(torch.zeros(1, 1, 33, 32))
     some = np.random.default_rng(0).normal(-800, 100, (2, 41, 52)).astype(np.float32)
     exact, dense = heatmap(some, net, method="windows"), heatmap(some, net)
-    assert exact.shape == (2, *grid_shape((41, 52))) and exact[:, grid_mask((41, 52))].std() > 1e-3 and np.allclose(exact, dense, atol=2e-2)
+    assert exact.shape == (2, *grid_shape((41, 52))) and exact[:, grid_mask((41, 52))].std() > 1e-4 and np.allclose(exact, dense, atol=2e-3)
     assert ((exact == 0) == ~grid_mask((41, 52))).all()
 
 
@@ -183,7 +173,7 @@ def test_one_class_is_refused(patches):
     forged = PatchSet(patches.hu[patches.kind == FORGED], patches.kind[patches.kind == FORGED])
     with pytest.raises(TrainError): train_rival(new_net(ROWS["ResNet50"], SMALL), forged, SMALL.detector, show_progress=False)
     slices = make_slices(2, 0)
-    honest = Slices(slices.hu, np.zeros(4, bool), slices.scan, slices.action)
+    honest = ForgedSlices(slices.hu, np.zeros(4, bool), slices.scan, slices.action)
     with pytest.raises(TrainError): train_rival(new_net(ROWS["ResNet50-W"], SMALL), honest, SMALL.detector, show_progress=False)
 
 
@@ -195,7 +185,7 @@ def test_batches_of_slices_are_balanced_and_filled_with_air():
     again = draw_slices(slices, 8, torch_rng(0, "draw"))
     assert torch.equal(batch["windows"], again["windows"])
     for seed in range(20): # a small slice keeps its values, the rest is air
-        for row in draw_slices(Slices([slices.hu[0], slices.hu[1]], slices.tampered[:2], slices.scan[:2], slices.action[:2]), 2, torch_rng(seed, "d"))["windows"][:1]:
+        for row in draw_slices(ForgedSlices([slices.hu[0], slices.hu[1]], slices.tampered[:2], slices.scan[:2], slices.action[:2]), 2, torch_rng(seed, "d"))["windows"][:1]:
             assert int((row != -1000).sum()) <= 70 * 90
 
 
@@ -262,7 +252,7 @@ def test_fingerprints_see_every_pixel_and_label(patches):
     assert fingerprint(patches, a) == fingerprint(patches, b)
     b.hu[1][3, 4] += 1
     assert fingerprint(patches, a) != fingerprint(patches, b)
-    assert fingerprint(a) != fingerprint(Slices(a.hu, ~a.tampered, a.scan, a.action))
+    assert fingerprint(a) != fingerprint(ForgedSlices(a.hu, ~a.tampered, a.scan, a.action))
     assert fingerprint(None, a) != fingerprint(a)
 
 

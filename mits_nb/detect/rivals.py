@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'TABLE1', 'TABLE2', 'TABLE3', 'TABLE4', 'CYCLEGAN', 'ROWS', 'METRICS', 'slide', 'WindowNet', 'timm_body',
-           'TimmNet', 'dct_matrix', 'DctDetector', 'as_forged_slices', 'RivalTask', 'draw_slices', 'train_rival', 'Row',
-           'TablesConfig', 'new_net', 'fingerprint', 'first_stage', 'slice_maps', 'whole_probability', 'row_cascade',
-           'row_scores', 'ablation', 'table_rows', 'beside_paper', 'scan_row', 'stored_tables', 'add_noise', 'CycleNet',
+           'TimmNet', 'dct_matrix', 'DctDetector', 'RivalTask', 'draw_slices', 'train_rival', 'Row', 'TablesConfig',
+           'new_net', 'fingerprint', 'first_stage', 'slice_maps', 'whole_probability', 'row_cascade', 'row_scores',
+           'ablation', 'table_rows', 'beside_paper', 'scan_row', 'stored_tables', 'add_noise', 'CycleNet',
            'CycleConfig', 'CycleTask', 'draw_piles', 'train_cyclegan', 'clean_slices', 'denoising_gain', 'cycle_card',
            'cyclegan_set', 'cyclegan_patches', 'CycleInpainter', 'CycleForger']
 
@@ -29,6 +29,7 @@ from ..core import atomic_dir, from_preset, import_torchvision, pick_compute, pr
 from .cascade import Cascade, CascadeConfig, slice_features, slice_truth, train_svm
 from .cnn import CLEAN, FORGED, PAIRED, Detector, DetectorConfig, DetectorTask, PatchSet, cut_patch, draw_batch, settle, standardise, train_detector, window_probability
 from .heatmap import as_slices, heatmap
+from .training import ForgedSlices
 from .windows import grid_shape, window_centres
 from ..gan import History, Task, fit, frozen, lsgan_d_loss, lsgan_g_loss
 from ..protect.mitsgan import ProtectorDiscriminator, residual_body
@@ -88,7 +89,12 @@ class WindowNet(HubNet):
     def answer(self, hu: Tensor) -> Tensor: raise NotImplementedError(f"{type(self).__name__} has no answer()")
 
     def forward(self, hu: Tensor, dense: bool = False) -> Tensor: # (B, 2), or (B, 2, rows, columns)
-        return slide(self.answer, hu, self.step) if dense else self.answer(hu)
+        if not dense: return self.answer(hu)
+        with pick_compute(hu.device.type).autocast(): return slide(self.answer, hu.float(), self.step)
+
+    def to(self, *args, dtype: torch.dtype | None = None, **kwargs) -> "WindowNet":
+        "As usual, but the weights stay float32: batch normalisation that cannot be folded needs them; products run in the fast precision anyway."
+        return super().to(*args, **kwargs) if args or kwargs else self
 
     def probability(self, hu: Tensor | np.ndarray) -> Tensor: # (N, 1, 32, 32) HU -> (N,) float32 on the CPU
         "Probability that each window is forged. Raises `DetectError` for another shape or values that are not finite."
@@ -119,10 +125,10 @@ class TimmNet(WindowNet):
         name: str = "xception", # or "resnet50"
         size: str = "full", # or "tiny"
         step: int = 1, # Of heatmaps, see `slide`
-        scaling: str = "standardised", # Of the input, see `standardise`
+        scaling: str = "sharpened", # Of the input, see `standardise`: the same as for our detector
     ):
         super().__init__()
-        standardise(torch.zeros(1), scaling) # complains about an unknown name now
+        standardise(torch.zeros(1, 1, 3, 3), scaling) # complains about an unknown name now
         self.step, self.scaling, self.body = step, scaling, timm_body(name, size)
 
     def answer(self, hu: Tensor) -> Tensor: return self.body(standardise(hu, self.scaling)) # (B, 2)
@@ -155,7 +161,7 @@ class DctDetector(WindowNet):
     def spectrum(self, hu: Tensor) -> Tensor: # (B, 1, 32, 32) HU -> the same shape, log |coefficient|
         if hu.shape[2:] != (32, 32): raise DetectError(f"the DCT detector got {tuple(hu.shape[2:])} pixels: it answers for windows of 32 x 32")
         with torch.autocast(hu.device.type, enabled=False): # bf16 would blur small coefficients beside large ones
-            return torch.log((self.basis @ standardise(hu.float()) @ self.basis.T).abs() + 1e-3)
+            return torch.log((self.basis @ standardise(hu.float(), "standardised") @ self.basis.T).abs() + 1e-3)
 
     def learn_scale(self, hu: Tensor) -> "DctDetector": # (N, 1, 32, 32) HU, N > 1 -> itself
         "Measure mean and spread of every coefficient on training windows."
@@ -165,18 +171,6 @@ class DctDetector(WindowNet):
         return self
 
     def answer(self, hu: Tensor) -> Tensor: return self.net((self.spectrum(hu) - self.mean) / self.spread)
-
-# %% ../../nbs/19_detect.rivals.ipynb #e12ff754
-def as_forged_slices(
-    hu: list[np.ndarray], # int16 (y, x) each
-    tampered: np.ndarray, # bool (n,)
-    scan: np.ndarray, # int (n,) which scan, that is, which patient
-    action: np.ndarray, # str (n,): "" for unforged slices
-) -> Any: # `ForgedSlices`
-    "Slices with their truth, as the class of chapter 18."
-    from types import SimpleNamespace
-    from mits_nb.detect import training
-    return getattr(training, "ForgedSlices", SimpleNamespace)(hu=hu, tampered=tampered, scan=scan, action=action)
 
 # %% ../../nbs/19_detect.rivals.ipynb #fb32c386
 class RivalTask(DetectorTask):
@@ -200,7 +194,7 @@ class RivalTask(DetectorTask):
 
 # %% ../../nbs/19_detect.rivals.ipynb #8ddd7e54
 def draw_slices(
-    slices: Any, # `ForgedSlices`
+    slices: ForgedSlices, # Slices with their truth
     batch: int, # How many
     generator: torch.Generator, # Random numbers
 ) -> dict[str, Tensor]: # windows (B, 1, H, W), label (B,)
@@ -230,7 +224,7 @@ class _Once(nn.Module):
 # %% ../../nbs/19_detect.rivals.ipynb #e12357a1
 def train_rival(
     net: nn.Module, # `TimmNet`, `DctDetector`, or a `Detector` that shall answer for whole slices; changed in place
-    data: Any, # `PatchSet` for windows; `ForgedSlices` for whole slices
+    data: PatchSet | ForgedSlices, # `PatchSet` for windows; `ForgedSlices` for whole slices
     config: DetectorConfig, # Settings
     validation: PatchSet | None = None, # Held-out patches, for early stopping (windows only)
     seed: int = 0, # Same seed, same network
@@ -323,7 +317,7 @@ def fingerprint(
 # %% ../../nbs/19_detect.rivals.ipynb #0faf2903
 def first_stage(
     row: Row, # What is trained
-    data: Any, # `PatchSet`, or `ForgedSlices` for a network on whole slices
+    data: PatchSet | ForgedSlices, # `PatchSet`, or `ForgedSlices` for a network on whole slices
     config: TablesConfig, # Sizes and settings
     seed: int = 0, # Same seed, same network
     out: Path | None = None, # Folder of finished networks and checkpoints; None keeps none
@@ -351,7 +345,7 @@ def first_stage(
 # %% ../../nbs/19_detect.rivals.ipynb #55a54f9e
 def slice_maps(
     net: nn.Module, # A `Detector` or a `WindowNet`
-    slices: Any, # `ForgedSlices`
+    slices: ForgedSlices, # Slices with their truth
     show_progress: bool = True, # A bar
 ) -> list[np.ndarray]: # float32 (rows, columns) each
     "The heatmap of every slice."
@@ -360,7 +354,7 @@ def slice_maps(
 # %% ../../nbs/19_detect.rivals.ipynb #2a762f7d
 def whole_probability(
     net: nn.Module, # A `Detector` or a `TimmNet`
-    slices: Any, # `ForgedSlices`, or a list of (y, x) arrays
+    slices: ForgedSlices | list, # Or a list of (y, x) arrays
     show_progress: bool = True, # A bar
 ) -> np.ndarray: # (n,)
     "What a network for whole slices says of each, in evaluation mode. Raises `DetectError`."
@@ -378,7 +372,7 @@ def whole_probability(
 def row_cascade(
     row: Row, # Not for whole slices
     patches: PatchSet, # For the first stage
-    slices: Any, # `ForgedSlices` for the second stage, from scans that the first did not learn from
+    slices: ForgedSlices, # For the second stage, from scans that the first did not learn from
     config: TablesConfig, # Sizes and settings
     seed: int = 0, # Same seed, same cascade
     out: Path | None = None, # Folder of finished networks; None keeps none
@@ -407,8 +401,8 @@ def row_scores(
 def ablation(
     name: str, # A row of `ROWS`
     train_patches: PatchSet, # For networks on windows; for CTGAN-INJ and CTGAN-REM patches of that kind only
-    global_slices: Any, # `ForgedSlices`: for the second stage, and what networks on whole slices learn from
-    test_slices: Any, # `ForgedSlices`, other scans
+    global_slices: ForgedSlices, # For the second stage, and what networks on whole slices learn from
+    test_slices: ForgedSlices, # Other scans
     seed: int = 0, # Same seed, same row
     config: TablesConfig | str = "tiny", # Sizes and settings, or a preset
     out: str | Path | None = None, # Folder for results and networks; None keeps none
@@ -532,7 +526,7 @@ class CycleNet(HubNet):
 
     def forward(self, hu: Tensor) -> Tensor:
         height, width = hu.shape[-2:]
-        x = F.pad(standardise(hu), (0, -width % self.fold, 0, -height % self.fold), mode="replicate")
+        x = F.pad(standardise(hu, "standardised"), (0, -width % self.fold, 0, -height % self.fold), mode="replicate")
         return hu + 400 * self.body(x)[..., :height, :width].float()
 
 # %% ../../nbs/19_detect.rivals.ipynb #5fb93196
@@ -578,15 +572,16 @@ class CycleTask(Task):
         for name, lr in (("g", c.lr), ("d", c.d_lr)):
             for group in self.optimizers[name].param_groups: group["lr"] = lr * cooling
         away = lambda x, y: (x - y).abs().mean() / 400 # in the networks' units
+        seen = lambda hu: standardise(hu, "standardised")
         quiet, loud = net["clean"](a), net["spoil"](b)
         with frozen(net["judge_clean"]) as jc, frozen(net["judge_noisy"]) as jn:
-            adversarial = lsgan_g_loss(jc(standardise(quiet))) + lsgan_g_loss(jn(standardise(loud)))
+            adversarial = lsgan_g_loss(jc(seen(quiet))) + lsgan_g_loss(jn(seen(loud)))
         cycle = away(net["spoil"](quiet), a) + away(net["clean"](loud), b)
         identity = away(net["clean"](b), b) + away(net["spoil"](a), a)
         backward(adversarial + c.cycle * cycle + c.identity * identity)
         self.optimizers["g"].step()
         self.optimizers["g"].zero_grad()
-        judged = lambda judge, real, fake: lsgan_d_loss(net[judge](standardise(real)), net[judge](standardise(fake.detach())))
+        judged = lambda judge, real, fake: lsgan_d_loss(net[judge](seen(real)), net[judge](seen(fake.detach())))
         judges = judged("judge_clean", b, quiet) + judged("judge_noisy", a, loud)
         backward(judges)
         self.optimizers["d"].step()
@@ -693,7 +688,7 @@ def cyclegan_set(
     seed: int = 0, # Of the noise
     every: int = 1, # Take every n-th slice
     **noise, # `gaussian_hu`, `impulses` of `add_noise`
-) -> Any: # `ForgedSlices` in pairs: a slice that passed through noise and CycleGAN (forged, action "denoise"), then the same slice as it came
+) -> ForgedSlices: # In pairs: a slice that passed through noise and CycleGAN (forged, action "denoise"), then the same slice as it came
     "The paper's CycleGAN set: forged means here that the whole slice was written by a generator; nothing about the patient was changed."
     hu, number = [], []
     for i, scan in enumerate([scans] if isinstance(scans, Scan) else scans):
@@ -702,11 +697,11 @@ def cyclegan_set(
         for after, before in zip(clean_slices(net, noisy), volume): hu += [after, before.astype(np.int16)]
         number += [i] * 2 * len(volume)
     forged = np.arange(len(hu)) % 2 == 0
-    return as_forged_slices(hu=hu, tampered=forged, scan=np.array(number), action=np.where(forged, "denoise", ""))
+    return ForgedSlices(hu=hu, tampered=forged, scan=np.array(number), action=np.where(forged, "denoise", ""))
 
 # %% ../../nbs/19_detect.rivals.ipynb #9b50af82
 def cyclegan_patches(
-    slices: Any, # From `cyclegan_set`
+    slices: ForgedSlices, # From `cyclegan_set`
     n: int = 25, # Windows of each slice; paper 25
     seed: int = 0, # Of the places; a forged slice and the one after it share them
 ) -> PatchSet:
