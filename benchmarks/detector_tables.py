@@ -1,0 +1,158 @@
+"""The rows of the detector's tables (chapter 19): every ablation and rival trained and tested, with intervals by scan.
+
+    python benchmarks/detector_tables.py --sets FOLDER --out RESULTS [--rows Ours ResNet50 ...] [--seeds 0 1 2] [--close 0.02] [--preset tiny] [--whole FOLDER] [--store cascade-tiny]
+    python benchmarks/detector_tables.py --quick --out RESULTS
+
+`--sets` is a folder with patches.npz (hu int16 (n, 68, 68), kind uint8 (n,)), global.npz and test.npz (slices under the keys hu_0, hu_1, ...; tampered, scan, action), and for the rows CTGAN-INJ and CTGAN-REM
+patches-inject.npz and patches-remove.npz; `write_sets` writes such a folder. `--whole` holds forged and unforged scans with their history, as write_scan leaves them, for Table 4. `--quick` builds a miniature of
+everything from phantoms, in minutes. The first seed trains every row; the others only those whose accuracy is within `--close` of the row Ours, and Ours itself. Every finished row is a JSON file in RESULTS, every network
+lies in RESULTS/networks, trainings go on from checkpoints: call it again after an interruption. `--store` joins all rows that are there into weights/NAME/tables.json, which the chapter shows.
+"""
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mits_nb.attack.ctgan import CTGAN
+from mits_nb.core import DataError, UsageError, from_preset, read_json, rng, versions, weights_path, write_json
+from mits_nb.data import lung_places
+from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED, PatchSet, cut_patch
+from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, beside_paper, cyclegan_patches, cyclegan_set, row_cascade, scan_row, table_rows
+from mits_nb.detect.training import ForgedSlices
+from mits_nb.detect.windows import window_centres
+from mits_nb.phantom import make_phantom
+from mits_nb.scan import read_scan, write_scan
+
+
+def write_slices(path, slices):
+    np.savez_compressed(path, tampered=slices.tampered, scan=slices.scan, action=np.asarray(slices.action, "U16"), **{f"hu_{i}": hu for i, hu in enumerate(slices.hu)})
+
+
+def read_slices(path):
+    with np.load(path, allow_pickle=False) as f:
+        return ForgedSlices([f[f"hu_{i}"] for i in range(len(f["tampered"]))], f["tampered"], f["scan"], f["action"])
+
+
+def write_sets(folder, patches, slices, test):
+    "patches: {'': PatchSet, 'inject': PatchSet, 'remove': PatchSet}, the last two where there are any; slices and test: `ForgedSlices`."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for action, part in patches.items(): np.savez_compressed(folder / f"patches{action and '-' + action}.npz", hu=part.hu, kind=part.kind)
+    write_slices(folder / "global.npz", slices)
+    write_slices(folder / "test.npz", test)
+
+
+def read_sets(folder):
+    folder, patches = Path(folder), {}
+    for action in ("", "inject", "remove"):
+        file = folder / f"patches{action and '-' + action}.npz"
+        if not file.is_file():
+            if not action: raise DataError(f"{folder} has no {file.name}: give a folder that write_sets wrote")
+            continue
+        with np.load(file, allow_pickle=False) as f: patches[action] = PatchSet(f["hu"], f["kind"])
+    return patches, read_slices(folder / "global.npz"), read_slices(folder / "test.npz")
+
+
+def miniature(seeds, places):
+    "Phantoms forged at single places by the shipped CT-GAN."
+    forger, cut, slices = CTGAN.from_pretrained("ctgan-tiny"), [], []
+    for number, seed in enumerate(seeds):
+        scan, _ = make_phantom(seed=seed, shape=(8, 288, 288), spacing=(3., 1.2, 1.2))
+        grid, numbers = window_centres(scan.shape[1:]), rng(seed, "miniature")
+        for i, at in enumerate(lung_places(scan, places, seed=seed, margin_mm=4)):
+            action, z = ("inject", "remove")[i % 2], int(at[0])
+            forged = forger.tamper(scan, tuple(int(v) for v in at), action=action, seed=i)
+            cut += [(action, cut_patch(forged.hu[z], at[1:]), FORGED), (action, cut_patch(scan.hu[z], at[1:]), PAIRED), (action, cut_patch(scan.hu[z], grid[numbers.integers(len(grid))]), CLEAN)]
+            slices += [(forged.hu[z], True, number, action), (scan.hu[z], False, number, "")]
+    patches = {a: PatchSet(np.stack([hu for b, hu, _ in cut if a in ("", b)]), np.array([k for b, _, k in cut if a in ("", b)], np.uint8)) for a in ("", "inject", "remove")}
+    hu, tampered, scan, action = zip(*slices)
+    return patches, ForgedSlices(list(hu), np.array(tampered), np.array(scan), np.array(action))
+
+
+def quick_sets(out):
+    "A folder of sets, and one of whole scans."
+    patches, slices = miniature(range(1600, 1604), 8)
+    _, test = miniature(range(60, 62), 6)
+    write_sets(out / "sets", patches, slices, test)
+    forger = CTGAN.from_pretrained("ctgan-tiny")
+    for name, seed, action in (("BEN", 63, None), ("INJ1", 64, "inject")):
+        scan, _ = make_phantom(seed=seed, shape=(10, 256, 256), spacing=(2.5, 1.3, 1.3))
+        if action: scan = forger.tamper(scan, tuple(int(v) for v in lung_places(scan, 1, seed=seed, margin_mm=10)[0]), action=action)
+        (out / "whole").mkdir(parents=True, exist_ok=True)
+        write_scan(scan, out / "whole" / f"{name}.mha")
+    return out / "sets", out / "whole"
+
+
+def honest_volumes(slices):
+    "The unforged slices, scan by scan and size by size: what the CycleGAN set is made from."
+    groups = {}
+    for hu, forged, scan in zip(slices.hu, slices.tampered, slices.scan):
+        if not forged: groups.setdefault((int(scan), hu.shape), []).append(hu)
+    return [np.stack(group) for group in groups.values()]
+
+
+def sets_of(name, patches, slices, test, memory):
+    "What a row learns from and is tested on."
+    if name != "CycleGAN":
+        action = ROWS[name].action
+        if action not in patches: raise UsageError(f"row {name} needs patches-{action}.npz in the sets")
+        return patches[action], slices, test
+    if not memory:
+        net = CycleNet.from_pretrained(weights_path("cyclegan-tiny"))
+        memory["slices"], memory["test"] = (cyclegan_set(honest_volumes(s), net, seed) for seed, s in ((0, slices), (1, test)))
+        memory["patches"] = cyclegan_patches(memory["slices"], 10)
+    return memory["patches"], memory["slices"], memory["test"]
+
+
+def whole_scans(folder, patches, slices, config, out):
+    "Table 4: one JSON for each scan and method."
+    found = {}
+    for method in ("Ours", "XceptionNet", "ResNet50"):
+        cascade = None
+        for path in sorted(p for p in Path(folder).iterdir() if p.name.endswith((".mha", ".nrrd", ".nii.gz")) or p.is_dir()):
+            name, file = path.name.split(".")[0], out / f"scan-{path.name.split('.')[0]}-{method.lower()}.json"
+            if not file.is_file():
+                cascade = cascade or row_cascade(ROWS[method], patches[""], slices, config, 0, out / "networks")
+                write_json(file, scan_row(cascade, read_scan(path)))
+            found.setdefault(name, {})[method] = read_json(file)
+            print(name, method, found[name][method], flush=True)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--close", type=float, default=.02)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--whole", type=Path)
+    parser.add_argument("--store")
+    parser.add_argument("--quick", action="store_true")
+    a = parser.parse_args()
+    config = from_preset(TablesConfig, a.preset)
+    if a.quick:
+        if not (a.out / "sets" / "test.npz").is_file(): quick_sets(a.out)
+        a.sets, a.whole = a.out / "sets", a.out / "whole"
+        config = replace(config, width=.125, slice_steps=20, slice_batch=4, first=dict(batch=32, dense_batch=8, steps=30, dropout=.2), second=dict(components=8))
+    if a.sets is None: parser.error("give --sets, or --quick")
+    (patches, slices, test), memory, results = read_sets(a.sets), {}, []
+    for i, seed in enumerate(a.seeds):
+        means = {r["row"]: r["scores"]["accuracy"] for r in results if r["seed"] == a.seeds[0]}
+        for name in a.rows:
+            if i and abs(means[name] - means.get("Ours", means[name])) >= a.close: continue
+            results.append(ablation(name, *sets_of(name, patches, slices, test, memory), seed, config, a.out))
+            print(f"{name:>15} seed {seed}: " + ", ".join(f"{k} {v:.3f}" for k, v in results[-1]["scores"].items() if isinstance(v, float)) + f", {results[-1]['seconds']:.0f} s", flush=True)
+    scans = whole_scans(a.whole, patches, slices, config, a.out) if a.whole else {}
+    rows = table_rows(results)
+    for title, table in (("Table 1", TABLE1), ("Table 2", {**TABLE2, **CYCLEGAN}), ("Table 3", TABLE3)): print(f"\n{title}\n{beside_paper(rows, table).to_string()}", flush=True)
+    text = (f"Preset {a.preset}: {next(iter(rows.values()))['slices']} test slices of {next(iter(rows.values()))['scans']} scans that no row has learnt from; "
+            f"rivals asked for every {config.step}. window; made by benchmarks/detector_tables.py.")
+    stored = {"about": {"text": text, "seeds": a.seeds, "close": a.close, "versions": versions()}, "rows": rows, "scans": scans}
+    write_json(a.out / "tables.json", stored)
+    if a.store: print("stored", write_json(weights_path(a.store) / "tables.json", stored))
+
+
+if __name__ == "__main__": main()
