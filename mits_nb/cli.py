@@ -785,8 +785,8 @@ def mits_train(
     parser.add_argument("--variant", choices=[v for part in VARIANTS.values() for v in part], help="attack: film or zeros, what stands in the hole before it is filled (chapter 9; default: the preset's). "
                         "protect: plain (MITS-GAN of chapter 11), robust (the same, trained against attackers who clean the scan first) or tafim (chapter 12) (default: plain)")
     parser.add_argument("--out", help="folder for the weights (default: outputs/weights/NAME)")
-    parser.add_argument("--attacker", action="append", metavar="NAME", help="weights to train against, for protect and detect; may be repeated for MITS-GAN, which then meets them all (default: ctgan-PRESET; with the preset tiny, MITS-GAN also meets ctgan-zeros-tiny, the attacker as published, and TAFIM only that one)")
-    parser.add_argument("--protector", help="weights whose honest output the detector must not take for a forgery (default: mitsgan-PRESET)")
+    parser.add_argument("--attacker", action="append", metavar="NAME", help="weights to train against, for protect and detect; may be repeated, MITS-GAN and the detector then meet them all (default: ctgan-PRESET; with the preset tiny also ctgan-zeros-tiny, the attacker as published, which is the only one that TAFIM meets)")
+    parser.add_argument("--protector", action="append", metavar="NAME", help="detect: weights whose honest output must not be taken for a forgery; may be repeated (default: mitsgan-PRESET; with the preset tiny also mitsgan-robust-tiny)")
     parser.add_argument("--data", help="folder of real scans to train on besides phantoms (default: the variable MITS_DATA)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-out", action="append", metavar="NAME", help="attack: a scan to leave out, by its name; may be repeated (default: LIDC-IDRI-0003)")
@@ -802,10 +802,10 @@ def load_attackers(
 ) -> list: # Of `CTGAN`
     "The attackers that a protector or a detector is trained against. Raises `WeightsError` that says how to get one, `UsageError` for several where one is needed."
     from mits_nb.attack.ctgan import CTGAN
-    several = args.part == "protect" and args.variant != "tafim"
-    if len(args.attacker or ()) > 1 and not several: raise UsageError("only MITS-GAN is trained against several attackers: give --attacker once")
-    tiny = {"plain": ["ctgan-tiny", "ctgan-zeros-tiny"], "robust": ["ctgan-tiny", "ctgan-zeros-tiny"], "tafim": ["ctgan-zeros-tiny"]}.get(args.variant or "plain") if args.part == "protect" else None
-    names = args.attacker or (tiny if tiny and args.preset == "tiny" else [f"ctgan-{args.preset}"])
+    both = ["ctgan-tiny", "ctgan-zeros-tiny"] # what the shipped weights have met
+    tiny = both[1:] if args.variant == "tafim" else both
+    if len(args.attacker or ()) > 1 and args.variant == "tafim": raise UsageError("TAFIM is trained against one attacker: give --attacker once")
+    names = args.attacker or (tiny if args.preset == "tiny" else [f"ctgan-{args.preset}"])
     try: return [CTGAN.from_pretrained(name) for name in names]
     except WeightsError as error: raise WeightsError(f"{error}; or train the attacker first (mits_train attack --preset {args.preset}) and name its folder with --attacker") from error
 
@@ -836,6 +836,7 @@ def run_train(
         else:
             from mits_nb.detect.training import train_cascade
             from mits_nb.protect.mitsgan import MitsGAN
-            train_cascade(attacker=attackers[0], protector=MitsGAN.from_pretrained(args.protector or f"mitsgan-{args.preset}"), **common)
+            names = args.protector or (["mitsgan-tiny", "mitsgan-robust-tiny"] if args.preset == "tiny" else [f"mitsgan-{args.preset}"])
+            train_cascade(attackers=attackers, protectors=[MitsGAN.from_pretrained(name) for name in names], **common)
     print(f"weights in {out}")
     return out

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from mits_nb.core import TrainError, UsageError, from_preset
 from mits_nb.detect.cascade import Cascade, slice_truth
 from mits_nb.detect.cnn import FORGED, PAIRED
-from mits_nb.detect.training import Source, far_apart, forge_round, patches_of, perturbed_scan
+from mits_nb.detect.training import (CONTROLS, Source, TrainingConfig, build_patches, disguised, far_apart, forge_round, forged_pair, forged_slices, honest_twin, lung_candidates, painted,
+                                      passed_on, pasted_back, patches_of, perturbed_scan, rescanned, score_at)
 from mits_nb.scan import Scan
 
 
@@ -78,3 +80,93 @@ def test_shipped_cascade_tells_forged_slices_of_a_real_scan(data_dir):
         p = [s["probability"] for r in (before, after) for s in r.slices]
         auc.append(roc_auc(p, [False] * truth.sum() + [True] * truth.sum()))
     assert np.mean(auc) > .6, auc
+
+
+# --- twins, treatments, controls ---
+
+def test_another_scanner_is_another_grid_of_the_same_place(source):
+    moved = next(r for r in (rescanned(source, s) for s in range(20)) if r.scan.shape != source.scan.shape)
+    assert moved.scan.shape[0] == source.scan.shape[0] and moved.mask.shape == moved.scan.shape and moved.scan.hu.dtype == np.int16
+    extent = [n * s for n, s in zip(source.scan.shape, source.scan.spacing)]
+    assert np.allclose([n * s for n, s in zip(moved.scan.shape, moved.scan.spacing)], extent, rtol=1e-6)
+    inside = moved.scan.hu[moved.mask].mean(), source.scan.hu[source.mask].mean()
+    assert abs(inside[0] - inside[1]) < 40 and not moved.scan.history
+    for nodule, old in zip(moved.nodules, source.nodules): assert np.allclose(nodule * moved.scan.spacing, old * source.scan.spacing, atol=2)
+    assert np.array_equal(moved.scan.hu, rescanned(source, next(s for s in range(20) if rescanned(source, s).scan.shape == moved.scan.shape)).scan.hu)
+
+
+def test_twins_come_in_their_shares(source):
+    class Wall:
+        name = "wall"
+        def protect(self, scan, seed, again=False): return scan.with_hu(scan.hu + 7)
+    shares = dict(perturbed=0., rescanned=0., protected=0.)
+    def twin(**changes): return honest_twin(source, from_preset(TrainingConfig, "tiny", **(shares | changes)), [Wall()], 3)
+    assert twin() is source
+    assert 1 <= abs(twin(protected=1.).scan.hu.astype(int) - source.scan.hu).max() <= 7
+    assert np.array_equal(twin(perturbed=1.).scan.hu, perturbed_scan(source.scan, 3).hu) and np.array_equal(twin(rescanned=1.).scan.hu, rescanned(source, 3).scan.hu)
+
+
+def test_what_is_passed_on_is_treated_alike_and_keeps_its_history(source):
+    forged = forge_round(source.scan, Forger(), 1, 3, source.mask, np.zeros((0, 3), int))
+    box, = [tuple(slice(*b) for b in n["box"]) for n in forged.history]
+    for seed in range(6): # every kind of treatment
+        before, after = passed_on(source.scan, seed).hu.copy(), passed_on(forged, seed)
+        assert after.history == forged.history and (after.hu != forged.hu).any()
+        different = before != after.hu
+        different[tuple(slice(max(0, b.start - 4), b.stop + 4) for b in box)] = False
+        assert not different.any()
+
+
+def test_before_and_after_differ_by_the_forgery_alone(source):
+    config = from_preset(TrainingConfig, "tiny", disguised=0.)
+    for seed in range(5):
+        before, after = forged_pair(source, [Forger()], config, seed, places=2)
+        different = before.scan.hu != after.hu
+        assert different.any() and len([n for n in after.history if n["kind"] == "forged"]) == 2
+        for n in after.history:
+            if n["kind"] == "forged": different[tuple(slice(max(0, a - 4), b + 4) for a, b in n["box"])] = False
+        assert not different.any()
+
+
+def test_a_disguise_leaves_the_forger_as_it_is():
+    from mits_nb.attack.ctgan import CTGAN
+    forger = CTGAN.from_pretrained("ctgan-tiny")
+    seen = {(d.settings.mask, d.settings.paste, d.settings.touch_up) for d in (disguised(forger, s) for s in range(20))}
+    assert len(seen) == 4 and forger.settings.mask == 20 and forger.settings.touch_up == "ours"
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_a_control_changes_the_grain_of_one_cuboid_only(source, kind):
+    from mits_nb.attack.tamper import cuboid_box
+    at = tuple(int(v) for v in lung_candidates(source.scan, source.mask, 0)[0])
+    control = pasted_back(source.scan, at, kind)
+    different = control.hu != source.scan.hu
+    assert different.any() and np.array_equal(control.hu, pasted_back(source.scan, at, kind).hu)
+    different[tuple(slice(*b) for b in cuboid_box(at, source.scan.spacing, source.scan.shape, 32))] = False
+    assert not different.any()
+    with pytest.raises(UsageError, match="not known"): pasted_back(source.scan, at, "soft")
+
+
+def test_slices_come_in_pairs(source):
+    slices = forged_slices([("a", lambda: source, 3), ("b", lambda: source, 1)], [Forger()], seed=2, slices=3)
+    assert slices.tampered.tolist() == [True, False] * (len(slices) // 2) and set(slices.scan) == {0, 1}
+    assert (slices.action[~slices.tampered] == "").all() and set(slices.action[slices.tampered]) == {"inject", "remove"}
+    inject, remove = slices.only("inject"), slices.only("remove")
+    assert len(inject) + len(remove) == len(slices) and set(inject.action) == {"inject", ""} and inject.tampered.mean() == .5
+    again = forged_slices([("a", lambda: source, 3), ("b", lambda: source, 1)], [Forger()], seed=2, slices=3)
+    assert all(np.array_equal(x, y) for x, y in zip(slices.hu, again.hu))
+    brighter = forged_slices([("a", lambda: source, 1)], [Forger()], 2, 3, treat=lambda scan, seed: scan.with_hu(scan.hu + 1))
+    assert all(np.array_equal(x, y + 1) for x, y in zip(brighter.hu, slices.hu))
+
+
+def test_score_and_mask_of_regions():
+    regions = [{"centre_mm": (0., 0., 0.), "score": .7}, {"centre_mm": (10., 0., 0.), "score": .9}]
+    assert score_at(regions, (1, 0, 0)) == .9 and score_at(regions, (-8, 0, 0)) == .7 and score_at(regions, (60, 0, 0)) == 0. == score_at([], (0, 0, 0))
+    mask = painted([(5, 20, 20)], Scan(np.zeros((11, 40, 50), np.int16), (2.5, 1., 2.)), 20.)
+    assert mask.sum() == 9 * 21 * 11 and mask[1:10, 10:31, 15:26].all()
+
+
+def test_learning_from_scans_without_lung_is_an_error():
+    empty = Source("air", Scan(np.full((6, 64, 64), -1000, np.int16), (2.5, 1., 1.)), np.zeros((6, 64, 64), bool), np.zeros((0, 3), int))
+    plain = from_preset(TrainingConfig, "tiny", perturbed=0., rescanned=0., protected=0., passed_on=0.)
+    with pytest.raises(TrainError, match="no place could be forged"): build_patches([("air", lambda: empty, 2)], [Forger()], plain)
