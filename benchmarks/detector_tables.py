@@ -1,25 +1,26 @@
 """The rows of the detector's tables (chapter 19): every ablation and rival trained and tested, with intervals by scan.
 
     python benchmarks/detector_tables.py --sets FOLDER --out RESULTS [--rows Ours ResNet50 ...] [--seeds 0 1 2] [--close 0.02] [--preset tiny] [--whole FOLDER] [--store cascade-tiny]
+    python benchmarks/detector_tables.py --make --sets FOLDER --out RESULTS ...
     python benchmarks/detector_tables.py --quick --out RESULTS
 
 `--sets` is a folder with patches.npz (hu int16 (n, 68, 68), kind uint8 (n,)), global.npz and test.npz (slices under the keys hu_0, hu_1, ...; tampered, scan, action), and for the rows CTGAN-INJ and CTGAN-REM
-patches-inject.npz and patches-remove.npz; `write_sets` writes such a folder. `--whole` holds forged and unforged scans with their history, as write_scan leaves them, for Table 4. `--quick` builds a miniature of
+patches-inject.npz and patches-remove.npz; `write_sets` writes such a folder. `--make` makes one first, where it is not there, from the scans and phantoms of chapter 18: patches, second stage and test from different phantoms, the test patients of the shipped weights kept out. `--whole` holds forged and unforged scans with their history, as write_scan leaves them, for Table 4. `--quick` builds a miniature of
 everything from phantoms, in minutes. The first seed trains every row; the others only those whose accuracy is within `--close` of the row Ours, and Ours itself. Every finished row is a JSON file in RESULTS, every network
 lies in RESULTS/networks, trainings go on from checkpoints: call it again after an interruption. `--store` joins all rows that are there into weights/NAME/tables.json, which the chapter shows.
 """
-import argparse
+import argparse, copy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from mits_nb.attack.ctgan import CTGAN
+from mits_nb.attack.ctgan import CTGAN, HELD_OUT
 from mits_nb.core import DataError, UsageError, from_preset, read_json, rng, versions, weights_path, write_json
-from mits_nb.data import lung_places
+from mits_nb.data import development_scans, lung_places
 from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED, PatchSet, cut_patch
 from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, beside_paper, cyclegan_patches, cyclegan_set, row_cascade, scan_row, table_rows
-from mits_nb.detect.training import ForgedSlices
+from mits_nb.detect.training import ForgedSlices, Source, TrainingConfig, build_patches, forged_slices, phantom_source, real_sources
 from mits_nb.detect.windows import window_centres
 from mits_nb.phantom import make_phantom
 from mits_nb.scan import read_scan, write_scan
@@ -52,6 +53,29 @@ def read_sets(folder):
             continue
         with np.load(file, allow_pickle=False) as f: patches[action] = PatchSet(f["hu"], f["kind"])
     return patches, read_slices(folder / "global.npz"), read_slices(folder / "test.npz")
+
+
+class OneKind:
+    "A forger that does one thing only, whatever it is asked for: for the rows CTGAN-INJ and CTGAN-REM."
+    def __init__(self, attacker, action): self.attacker, self.settings, self.action = attacker, attacker.settings, action
+
+    def tamper(self, scan, at, action=None, **options):
+        inner = copy.copy(self.attacker)
+        inner.settings = self.settings # a disguise changes those
+        return inner.tamper(scan, at, action=self.action, **options)
+
+
+def make_sets(folder, config, data=None, places=16, tests=(12, 13, 14, 16, 17)):
+    "The sets of chapter 18. Slices of one size only: every fourth phantom, with coarse pixels, is for the patches alone."
+    attackers, real = [CTGAN.from_pretrained(name) for name in ("ctgan-tiny", "ctgan-zeros-tiny")], real_sources(data)
+    phantom = lambda seed: (f"phantom-{seed}", lambda: phantom_source(seed, config.phantom_shape))
+    fine = lambda start, n: [phantom(seed) for seed in range(start, start + 2 * n) if seed % 4 != 3][:n]
+    learn = [(*s, config.rounds) for s in real] + [(*phantom(1200 + i), config.phantom_rounds) for i in range(config.phantoms)]
+    patches = {action: build_patches(learn, [OneKind(a, action) if action else a for a in attackers], config, 0) for action in ("", "inject", "remove")}
+    held_out = [(name, lambda path=path, name=name: Source.of(name, read_scan(path))) for name, path in (development_scans() if data != () else {}).items() if name in HELD_OUT]
+    slices = forged_slices([(*s, places) for s in real + fine(1300, max(2, config.phantoms // 2))], attackers, 1)
+    test = forged_slices([(*s, places) for s in held_out + [phantom(seed) for seed in tests]], attackers, 7)
+    write_sets(folder, patches, slices, test)
 
 
 def miniature(seeds, places):
@@ -130,14 +154,16 @@ def main():
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--whole", type=Path)
     parser.add_argument("--store")
+    parser.add_argument("--make", action="store_true")
     parser.add_argument("--quick", action="store_true")
     a = parser.parse_args()
     config = from_preset(TablesConfig, a.preset)
     if a.quick:
         if not (a.out / "sets" / "test.npz").is_file(): quick_sets(a.out)
         a.sets, a.whole = a.out / "sets", a.out / "whole"
-        config = replace(config, width=.125, slice_steps=20, slice_batch=4, first=dict(batch=32, dense_batch=8, steps=30, dropout=.2), second=dict(components=8))
+        config = replace(config, width=.125, slice_steps=20, slice_batch=4, first=dict(batch=32, dense_batch=8, steps=60, dropout=.2), second=dict(components=8))
     if a.sets is None: parser.error("give --sets, or --quick")
+    if a.make and not (a.sets / "test.npz").is_file(): make_sets(a.sets, from_preset(TrainingConfig, a.preset))
     (patches, slices, test), memory, results = read_sets(a.sets), {}, []
     for i, seed in enumerate(a.seeds):
         means = {r["row"]: r["scores"]["accuracy"] for r in results if r["seed"] == a.seeds[0]}
