@@ -624,7 +624,7 @@ def name_of(
 
 # %% ../../nbs/18_detect.training.ipynb #998a7458
 def train_cascade(
-    preset: str = "tiny", # "tiny": half an hour on two cores; "full": the paper's size
+    preset: str = "tiny", # "tiny": under an hour on two cores; "full": the paper's size
     out: str | Path = "cascade", # Folder for the weights; checkpoints lie beside it until the end
     attackers: list | None = None, # Of `CTGAN`, to learn from; None for "ctgan-tiny" and "ctgan-zeros-tiny"
     protectors: list | None = None, # Of `MitsGAN` that must raise no alarm; None for "mitsgan-tiny" and "mitsgan-robust-tiny"
