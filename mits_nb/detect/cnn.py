@@ -56,9 +56,10 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor: # (B, a, H, W) -> (B, b, H / stride, W / stride)
         s = self.stride[0]
-        y = F.linear(x[:, :, ::s, ::s].permute(0, 2, 3, 1), self.weight.flatten(1))
+        x = x[:, :, ::s, ::s].contiguous(memory_format=torch.channels_last) # no copy where it is already
+        y = F.linear(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), self.weight.flatten(1)) # (B H W, b)
         if self.bias is not None: y += self.bias # by itself: the library would first write the constant everywhere, then add the product
-        return y.permute(0, 3, 1, 2)
+        return y.view(len(x), *x.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
 
 # %% ../../nbs/15_detect.cnn.ipynb #f4ad7c1c
 def conv_bn(
