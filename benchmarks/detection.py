@@ -18,7 +18,7 @@ from mits_nb.attack.ctgan import CTGAN, HELD_OUT
 from mits_nb.core import read_json, rng, versions, write_json
 from mits_nb.data import development_scans, lung_places
 from mits_nb.detect.cascade import Cascade, find_regions
-from mits_nb.detect.training import CONTROLS, Source, forge_round, forged_slices, painted, paired_scores, pasted_back, perturbed_scan, phantom_source, score_at
+from mits_nb.detect.training import CONTROLS, Source, forge_round, painted, pasted_back, perturbed_scan, phantom_source, place_scores, score_at
 from mits_nb.metrics import classification, localisation, match_regions, pd_at_fa, roc_auc
 from mits_nb.phantom import make_phantom
 from mits_nb.protect.mitsgan import MitsGAN
@@ -66,11 +66,9 @@ def measure_slices(a, cascade, sources, found):
     for name, attackers, treat in conditions(a):
         for source in sources:
             start = time.perf_counter()
-            slices = forged_slices([(source.name, lambda: source, a.places)], attackers, 7, treat=treat)
-            scores = paired_scores(cascade, slices)
-            action = np.repeat(slices.action[slices.tampered], 2)
-            found["slices"] += [{"condition": name, "patient": source.name, "group": group(source.name), "action": str(k), "p": p, "tampered": t} for (p, t), k in zip(scores, action)]
-            print(f"{name:32s} {source.name:16s} AUC {roc_auc(*map(list, zip(*scores))):.3f} ({time.perf_counter() - start:.0f} s)", flush=True)
+            rows = place_scores(cascade, source, attackers, a.places, 7, treat=treat)
+            found["slices"] += [{"condition": name, "patient": source.name, "group": group(source.name), **row} for row in rows]
+            print(f"{name:32s} {source.name:16s} AUC {roc_auc([r['p'] for r in rows], [r['tampered'] for r in rows]):.3f} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def measure_regions(a, cascade, sources, found):
@@ -143,7 +141,9 @@ def measure_controls(a, cascade, sources, found):
 def tables(found):
     "The tables that chapter 18 shows."
     slices = pd.DataFrame(found["slices"])
-    def scores(g): return pd.Series({**{k: classification(g.tampered.tolist(), (g.p >= .5).tolist())[k] for k in ("accuracy", "precision", "recall", "f1")}, "auc": roc_auc(g.p.tolist(), g.tampered.tolist()), "slices": len(g)})
+    def scores(g):
+        truth, alone = g.tampered.tolist(), classification(g.tampered.tolist(), (g.alone >= .5).tolist())
+        return pd.Series({**{k: classification(truth, (g.p >= .5).tolist())[k] for k in ("accuracy", "precision", "recall", "f1")}, "auc": roc_auc(g.p.tolist(), truth), "f1_alone": alone["f1"], "auc_alone": roc_auc(g.alone.tolist(), truth), "slices": len(g)})
     by = slices.groupby(["group", "condition"], sort=False).apply(scores, include_groups=False).reset_index()
     aligned = slices[slices.condition == "aligned"]
     action = aligned.groupby(["group", "action"]).apply(scores, include_groups=False).reset_index()
@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=("slices", "regions", "scans", "controls"), default=["slices", "regions", "scans", "controls"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[12, 13, 14], help="test phantoms")
     parser.add_argument("--honest", nargs="+", type=int, default=list(range(20, 40)), help="unforged phantoms")
-    parser.add_argument("--places", type=int, default=20, help="places per scan and condition, five slices each")
+    parser.add_argument("--places", type=int, default=12, help="places per scan and condition, five slices each")
     parser.add_argument("--honest-places", type=int, default=200, help="unforged places per scan, for false alarms")
     parser.add_argument("--rounds", type=int, default=4, help="forged copies with four places each, per scan")
     parser.add_argument("--out", default="detection.json")

@@ -8,7 +8,7 @@ import torch
 
 from mits_nb.core import DataError, DetectError, OutputError, TrainError, UsageError, WeightsError, from_preset
 from mits_nb.detect.cascade import (REPORT_SCHEMA, TRUSTED, Cascade, CascadeConfig, Report, draw_heatmap, enough_in_a_row, fewer_components, find_regions, glcm, load_svm, predictive_value, quantised,
-                                    read_report, run_rule, slice_features, stored_types, train_svm, verdict_worth)
+                                    reach_of, read_report, run_rule, slice_features, stored_types, train_svm, verdict_worth, with_neighbours)
 from mits_nb.detect.cnn import Detector
 from mits_nb.detect.windows import grid_shape, to_pixels
 from mits_nb.scan import Scan
@@ -17,6 +17,28 @@ from mits_nb.scan import Scan
 def spot(y=40, x=70, shape=(121, 121), wide=30.):
     yy, xx = np.mgrid[:shape[0], :shape[1]]
     return np.exp(-((yy - y) ** 2 + (xx - x) ** 2) / wide).astype(np.float32)
+
+
+# --- neighbouring slices ---
+
+@pytest.mark.parametrize("dz, reach", [(.6, 6), (1., 3), (1.25, 3), (2.5, 1), (-2.5, 1), (5., 0), (10., 0)])
+def test_neighbours_within_a_depth(dz, reach): assert reach_of(dz, 7.5) == reach and reach_of(dz, 0.) == 0
+
+
+def test_neighbours_are_averaged_as_log_odds():
+    p = np.full((5, 2, 2), .5, np.float32)
+    p[2, 0, 0], p[:, 1, 1] = .9, 0. # one doubt; a cell outside the circle
+    joined = with_neighbours(p, 2.5)
+    assert np.allclose(joined[:, 0, 0], [.5, *[9 ** (1 / 3) / (1 + 9 ** (1 / 3))] * 3, .5], atol=1e-6)
+    assert (joined[:, 1, 1] == 0).all() and np.allclose(joined[:, 0, 1], .5) and joined.dtype == np.float32
+    sure = np.array([1., 0., 1.], np.float32)[:, None, None] * np.ones((3, 1, 1), np.float32)
+    assert np.isfinite(with_neighbours(sure, 2.5)).all()
+
+
+def test_thick_slices_single_slices_and_the_published_way_stay_as_they_are():
+    p = np.random.default_rng(0).random((4, 3, 3)).astype(np.float32)
+    assert with_neighbours(p, 5.) is p and with_neighbours(p, 1., 0.) is p and with_neighbours(p[:1], 1.) is not None
+    assert np.array_equal(with_neighbours(p[:1], 1.), p[:1])
 
 
 # --- co-occurrence ---
@@ -46,7 +68,7 @@ def test_levels_cover_the_range():
 def test_features_ignore_the_place():
     config = from_preset(CascadeConfig, "tiny")
     a, b = (slice_features(spot(*at)[None], config) for at in ((40, 70), (70, 40)))
-    assert a.shape == (1, 32 * 32 * 4) and a.dtype == np.float32 and np.allclose(a, b, atol=.75)
+    assert a.shape == (1, config.levels**2 * 4) and a.dtype == np.float32 and np.allclose(a, b, atol=.75)
     assert slice_features(spot()[None], from_preset(CascadeConfig, "full")).shape == (1, 40000)
     assert slice_features(spot()[None], from_preset(CascadeConfig, "tiny", use_glcm=False)).shape == (1, 121 * 121)
 

@@ -6,9 +6,9 @@
 __all__ = ['log', 'CONTROLS', 'PAPER', 'Source', 'real_sources', 'phantom_source', 'TrainingConfig', 'perturbed_scan',
            'protected_scan', 'rescanned', 'honest_twin', 'passed_on', 'disguised', 'far_apart', 'lung_candidates',
            'forge_round', 'patches_of', 'forged_pair', 'build_patches', 'false_alarms', 'train_first_stage', 'SliceSet',
-           'build_heatmaps', 'features_of', 'ForgedSlices', 'forged_slices', 'inspect_scores', 'paired_scores',
-           'summary', 'measure_cascade', 'pasted_back', 'score_at', 'painted', 'cascade_card', 'name_of',
-           'train_cascade']
+           'build_heatmaps', 'features_of', 'ForgedSlices', 'forged_place', 'forged_slices', 'inspect_scores',
+           'place_scores', 'summary', 'measure_cascade', 'pasted_back', 'score_at', 'painted', 'cascade_card',
+           'name_of', 'train_cascade']
 
 # %% ../../nbs/18_detect.training.ipynb #a3f429fd
 import copy, logging
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..core import TrainError, UsageError, from_preset, progress, rng
-from .cascade import Cascade, CascadeConfig, note_slices, slice_features, slice_truth, train_svm
+from .cascade import Cascade, CascadeConfig, note_slices, reach_of, slice_features, slice_truth, train_svm, with_neighbours
 from .cnn import CLEAN, FORGED, HARD, PAIRED, RIM, Detector, DetectorConfig, PatchSet, cut_patch, train_detector
 from .heatmap import heatmap
 from .windows import window_centres
@@ -97,7 +97,7 @@ class TrainingConfig:
     strangers: int = 40 # Further phantoms, never forged, searched for false alarms
     global_rounds: int = 12 # Rounds per real scan for the second stage
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": dict(phantoms=24, phantom_shape=(22, 512, 512), rounds=60, phantom_rounds=4, slices=4, lessons=2, strangers=6, global_rounds=6),
+        "tiny": dict(phantoms=40, phantom_shape=(22, 512, 512), rounds=36, phantom_rounds=4, slices=4, lessons=2, strangers=6, global_rounds=6),
         "full": {}}
 
 # %% ../../nbs/18_detect.training.ipynb #aef0d674
@@ -339,7 +339,7 @@ def train_first_stage(
     "A lesson on forged and unforged places; then lessons on the same, and on the places of unforged scans that fool the network now."
     patches = build_patches(sources, attackers, config, seed, protectors)
     net, history = train_detector(patches, first, None, seed, work / "lesson-1")
-    rows, seen, later = list(history.rows), patches, replace(first, steps=first.steps // 2, lr=first.lr * .4)
+    rows, seen, later = list(history.rows), patches, replace(first, steps=first.steps // 3, lr=first.lr * .4)
     for lesson in range(2, config.lessons + 1):
         alarms = []
         for name, load in progress([s[:2] for s in sources] + list(strangers), desc=f"looking for false alarms, lesson {lesson}"):
@@ -368,24 +368,29 @@ def build_heatmaps(
     config: TrainingConfig, # Shares
     seed: int = 0, # Same seed, same slices
     protectors: Iterable = (), # Of `MitsGAN`; empty: no round on a protected scan
+    depth_mm: float = 0., # Of neighbours that are asked too, see `with_neighbours`
 ) -> SliceSet:
-    "Slices with one or two forged places, and unforged slices of the same scans, all 512 x 512 or whatever size; sizes may differ."
+    "Slices with one to three forged places, and unforged slices of the same scans, all 512 x 512 or whatever size; sizes may differ."
+    from scipy.ndimage import binary_dilation
     maps, tampered, scan = [], [], []
-    def add(found, truth, number):
-        maps.extend(found.astype(np.float16))
+    def add(hu, keep, truth, number): # `keep`: which of the slices; the others are asked as neighbours
+        found = with_neighbours(heatmap(hu, net), source.scan.spacing[0], depth_mm)[keep].astype(np.float16)
+        maps.extend(found)
         tampered.extend([truth] * len(found))
         scan.extend([number] * len(found))
     with progress(total=sum(rounds + 1 for *_, rounds in sources), desc="heatmaps for the second stage") as bar:
         for number, (name, load, rounds) in enumerate(sources):
             source = load()
-            add(heatmap(source.scan, net), False, number)
+            reach = reach_of(source.scan.spacing[0], depth_mm)
+            add(source.scan.hu, slice(None), False, number)
             bar.update()
             for i in range(rounds):
                 key = int(rng(seed, "global", name, i).integers(2**31))
                 before, after = forged_pair(source, attackers, config, key, protectors, places=1 + i % 3)
-                touched = np.flatnonzero(slice_truth(after))[i % 2::2] # neighbouring slices are nearly the same
-                if len(touched): add(heatmap(after.hu[touched], net), True, number)
-                if before.scan is not source.scan: add(heatmap(before.scan.hu[i % 3::3], net), False, number)
+                touched = slice_truth(after)
+                asked = binary_dilation(touched, iterations=reach) if reach else touched
+                if touched.any(): add(after.hu[asked], np.flatnonzero(touched[asked])[i % 2::2], True, number) # every other one: neighbours are nearly the same
+                if before.scan is not source.scan: add(before.scan.hu[len(before.scan.hu) * (i % 3) // 3:][:len(before.scan.hu) // 3], slice(None), False, number)
                 bar.update()
     size = np.max([m.shape for m in maps], 0)
     return SliceSet(np.stack([np.pad(m, [(0, s - n) for s, n in zip(size, m.shape)], constant_values=np.nan) for m in maps]), np.array(tampered), np.array(scan))
@@ -426,6 +431,19 @@ class ForgedSlices:
         return self.part(np.repeat(self.action[self.tampered] == action, 2))
 
 # %% ../../nbs/18_detect.training.ipynb #aab4e0ee
+def forged_place(
+    source: Source, # Unforged
+    attackers: list, # Of `CTGAN`, in turn
+    i: int, # Number of the place: even ones are injections, odd ones removals, every second of these at a nodule
+    seed: int = 0, # Same seed, same place
+) -> tuple[Scan, int]: # The scan, forged at this place alone, and a seed for what comes next
+    "One place of the paper's set CTGAN-ALL."
+    key, kind = int(rng(seed, "slices", source.name, i).integers(2**31)), ("inject", "remove")[i % 2]
+    known = source.nodules if i % 4 == 1 else ()
+    at = known[rng(key, "nodule").integers(len(known))] if len(known) else lung_candidates(source.scan, source.mask, key)[0]
+    return attackers[i // 2 % len(attackers)].tamper(source.scan, tuple(at), action=kind, seed=key), key
+
+# %% ../../nbs/18_detect.training.ipynb #003e8c56
 def forged_slices(
     sources: list[tuple[str, Any, int]], # (name, call that gives a `Source`, places)
     attackers: list, # Of `CTGAN`, in turn
@@ -438,15 +456,12 @@ def forged_slices(
     for number, (name, load, places) in enumerate(progress(sources, desc="forging slices")):
         source = load()
         for i in range(places):
-            key, kind = int(rng(seed, "slices", name, i).integers(2**31)), ("inject", "remove")[i % 2]
-            numbers, before = rng(key, "slices"), source.scan
-            at = source.nodules[numbers.integers(len(source.nodules))] if kind == "remove" and len(source.nodules) and i % 4 == 1 else lung_candidates(before, source.mask, key)[0]
-            after = attackers[i // 2 % len(attackers)].tamper(before, tuple(at), action=kind, seed=key)
+            before, (after, key) = source.scan, forged_place(source, attackers, i, seed)
+            note, numbers = after.history[-1], rng(key, "slices")
             if treat is not None: before, after = treat(before, key), treat(after, key)
-            touched = list(note_slices(after.history[-1], after))
-            for j, z in enumerate(sorted(touched, key=lambda z: abs(z - at[0]))[:slices]):
+            for j, z in enumerate(sorted(note_slices(note, after), key=lambda z: abs(z - note["at"][0]))[:slices]):
                 hu += [after.hu[z], before.hu[z if j % 2 else numbers.integers(len(before.hu))]]
-                scan, action = scan + [number] * 2, action + [kind, ""]
+                scan, action = scan + [number] * 2, action + [note["action"], ""]
     return ForgedSlices(hu, np.arange(len(hu)) % 2 == 0, np.array(scan), np.array(action))
 
 # %% ../../nbs/18_detect.training.ipynb #739d44ec
@@ -481,23 +496,43 @@ def inspect_scores(
     return result
 
 # %% ../../nbs/18_detect.training.ipynb #01b01593
-def paired_scores(
+def place_scores(
     cascade: Cascade, # Trained
-    slices: ForgedSlices, # Never trained on
-) -> list[tuple[float, bool]]: # (probability, truth) of each slice
-    "What the second stage says of single slices."
-    p = [cascade.slice_probability(cascade.heatmap(one))[0] for one in progress(slices.hu, desc="judging slices")]
-    return list(zip(map(float, p), map(bool, slices.tampered)))
+    source: Source, # Unforged, never trained on
+    attackers: list, # Of `CTGAN`, in turn
+    places: int, # Forged one at a time
+    seed: int = 7, # Of places and touch-up
+    slices: int = 5, # Of each place; paper 5
+    treat: Callable | None = None, # (scan, seed) -> scan, done to both versions afterwards; None for nothing
+) -> list[dict]: # In pairs, a forged slice and an unforged one: action, tampered, p, and alone (judged without its neighbours)
+    "The slices of `forged_slices`, each judged twice: with its neighbours in the scan, and alone, as in the paper."
+    def done(scan): return scan if treat is None else treat(scan, seed)
+    dz, depth, rows = source.scan.spacing[0], cascade.config.depth_mm, []
+    def judged(hu):
+        maps = cascade.heatmap(hu)
+        return list(zip(cascade.slice_probability(maps).tolist(), cascade.slice_probability(with_neighbours(maps, dz, depth)).tolist()))
+    honest = judged(done(source.scan).hu)
+    for i in progress(range(places), desc=f"judging places of {source.name}"):
+        after, key = forged_place(source, attackers, i, seed)
+        note, numbers = after.history[-1], rng(key, "slices")
+        touched = note_slices(note, after)
+        first = max(0, touched[0] - reach_of(dz, depth))
+        forged = judged(done(after).hu[first:touched[-1] + 1 + reach_of(dz, depth)])
+        for j, z in enumerate(sorted(touched, key=lambda z: abs(z - note["at"][0]))[:slices]):
+            for truth, (alone, p) in ((True, forged[z - first]), (False, honest[z if j % 2 else numbers.integers(len(honest))])):
+                rows.append({"action": note["action"], "tampered": truth, "p": p, "alone": alone})
+    return rows
 
 # %% ../../nbs/18_detect.training.ipynb #035f456b
 def summary(
     results: list[dict], # From `inspect_scores`
-    paired: list[tuple[float, bool]], # From `paired_scores`
-) -> dict[str, Any]: # Slice-level scores by the paper's pairing and for whole scans; regions; alarms in honest scans
+    paired: list[dict], # From `place_scores`
+) -> dict[str, Any]: # Slice-level scores by the paper's pairing, slices alone and with their neighbours, and for whole scans; regions; alarms in honest scans
     "Scores over several scans."
     from mits_nb.metrics import classification, roc_auc
     out = {}
-    for key, rows in (("paired", paired), ("scan", [row for r in results for row in r["scan"]])):
+    ways = {"alone": [(r["alone"], r["tampered"]) for r in paired], "paired": [(r["p"], r["tampered"]) for r in paired], "scan": [row for r in results for row in r["scan"]]}
+    for key, rows in ways.items():
         p, t = map(np.array, zip(*rows))
         scores = classification(t, p >= .5)
         out[key] = {k: round(scores[k], 4) for k in ("accuracy", "precision", "recall", "f1")} | {"auc": round(roc_auc(p, t), 4), "slices": len(t)}
@@ -525,7 +560,7 @@ def measure_cascade(
     out = {}
     for name, sources in found.items():
         if not sources: continue
-        paired = paired_scores(cascade, forged_slices([(s.name, lambda s=s: s, places) for s in sources], attackers, 7))
+        paired = [row for s in sources for row in place_scores(cascade, s, attackers, places)]
         out[name] = summary([inspect_scores(cascade, s, attackers, rounds, protectors=protectors) for s in sources], paired)
     return out
 
@@ -605,7 +640,7 @@ def cascade_card(
              "all from The Cancer Imaging Archive; phantoms are our own. LIDC-IDRI-0003 and phantom seeds below 100 were never trained on.", "", "## Measured on held-out scans", "",
              "| data | way of counting | slices | accuracy | precision | recall | F1 | AUC |", "|---|---|---|---|---|---|---|---|"]
     for group, rows in history.get("measured", {}).items():
-        for way, meaning in (("paired", "five slices of each place, as many unforged"), ("scan", "every slice of every scan")):
+        for way, meaning in (("alone", "five slices of each place, as many unforged, each alone"), ("paired", "the same, with their neighbours"), ("scan", "every slice of every scan")):
             r = rows[way]
             lines.append(f"| {group} | {meaning} | {r['slices']} | " + " | ".join(f"{r[k]:.3f}" for k in ("accuracy", "precision", "recall", "f1", "auc")) + " |")
     lines += ["| paper | 1,200 slices | 1200 | 0.935 | 0.963 | 0.905 | 0.933 | - |", ""]
@@ -652,7 +687,7 @@ def train_cascade(
     learn = [(*s, config.rounds) for s in real] + [(*s, config.phantom_rounds) for s in phantoms(1200, config.phantoms)]
     net, rows, patches = train_first_stage(learn, attackers, config, first, seed, work, protectors, phantoms(1400, config.strangers))
     judge = [(*s, config.global_rounds) for s in real] + [(*s, max(1, config.global_rounds // 2)) for s in phantoms(1300, max(1, config.phantoms // 2))]
-    slices = build_heatmaps(net, judge, attackers, config, seed + 2, protectors)
+    slices = build_heatmaps(net, judge, attackers, config, seed + 2, protectors, last.depth_mm)
     svm, calibration, grid = train_svm(features_of(slices, last), slices.tampered, slices.scan, last, seed)
     counts = {"patches": patches, "slices": {"tampered": int(slices.tampered.sum()), "unforged": int((~slices.tampered).sum())}}
     cascade = Cascade(net, svm, last, calibration, {"history": {
