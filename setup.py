@@ -40,7 +40,7 @@ setup(
     package_data={"mits_nb": ["weights/**/*"], "mits_nb.data_manifests": ["*.json"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "docs", "decoders", "idc", "tensorboard")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "docs", "decoders", "idc", "tensorboard", "voila")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["mits_nb=mits_nb._modidx:d"]},
     zip_safe=False,
 )

@@ -7,8 +7,7 @@ First form: measures and writes all rows. Second form: joins such files, prints 
 regions (Pd at 1 % false alarms per place, F1 of regions, F1 of voxels); the eight whole scans of the paper's Table 4 with its 3-D rule; unforged scans; controls without a generator.
 Goals: F1 >= 0.95 and AUC >= 0.985 on slices; Pd at 1 % >= 0.95; voxel F1 >= 0.90; unseen >= 95 % of the aligned AUC; no error on the eight scans; at most one false region in 20 unforged scans.
 """
-import argparse, copy, time
-from dataclasses import replace
+import argparse, time
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,7 @@ from mits_nb.attack.ctgan import CTGAN, HELD_OUT
 from mits_nb.core import read_json, rng, versions, write_json
 from mits_nb.data import development_scans, lung_places
 from mits_nb.detect.cascade import Cascade, find_regions
-from mits_nb.detect.training import CONTROLS, Source, forge_round, painted, pasted_back, perturbed_scan, phantom_source, place_scores, score_at
+from mits_nb.detect.training import CONTROLS, Source, eight_scans, forge_round, painted, pasted_back, perturbed_scan, phantom_source, place_scores, score_at, with_settings
 from mits_nb.metrics import classification, localisation, match_regions, pd_at_fa, roc_auc
 from mits_nb.phantom import make_phantom
 from mits_nb.protect.mitsgan import MitsGAN
@@ -37,18 +36,12 @@ def noisy(hu_sd):
     return treat
 
 
-def other(attacker, **changes):
-    twin = copy.copy(attacker)
-    twin.settings = replace(attacker.settings, **changes)
-    return twin
-
-
 def conditions(a):
     "(name, attackers, treatment): aligned first."
     trained = [CTGAN.from_pretrained(n) for n in TRAINED.values()]
     rows = [("aligned", trained, None)] + [(f"unseen: {name}", [CTGAN.from_pretrained(folder)], None) for name, folder in (u.split("=", 1) for u in a.unseen)]
-    rows += [("mask 16", [other(t, mask=16) for t in trained], None), ("released touch-up", [other(t, touch_up="released") for t in trained], None),
-             ("released paste and touch-up", [other(t, touch_up="released", paste="released") for t in trained], None), ("no touch-up", [other(t, touch_up=None) for t in trained], None)]
+    rows += [("mask 16", [with_settings(t, mask=16) for t in trained], None), ("released touch-up", [with_settings(t, touch_up="released") for t in trained], None),
+             ("released paste and touch-up", [with_settings(t, touch_up="released", paste="released") for t in trained], None), ("no touch-up", [with_settings(t, touch_up=None) for t in trained], None)]
     return rows + [("blur 0.5 px afterwards", trained, blurred(.5)), ("blur 0.8 px afterwards", trained, blurred(.8)), ("noise 10 HU afterwards", trained, noisy(10)), ("noise 25 HU afterwards", trained, noisy(25))]
 
 
@@ -90,18 +83,6 @@ def measure_regions(a, cascade, sources, found):
         print(f"regions of {source.name}: " + str({k: sum(r[k] for r in found["regions"] if r["patient"] == source.name) for k in ("tp", "fp", "fn")}), flush=True)
 
 
-def eight_scans(source, empty, attackers):
-    "Table 4: an unforged scan without a nodule, one with, three injections, three removals."
-    yield "BEN", empty, []
-    yield "MAL", source, []
-    for i in range(3):
-        at = lung_places(source.scan, 1, 40 + i, 6., source.mask)[0]
-        yield f"INJ{i + 1}", source, [attackers[i % len(attackers)].tamper(source.scan, tuple(at), action="inject", seed=i)]
-    for i in range(3):
-        at = source.nodules[i % len(source.nodules)] if len(source.nodules) else lung_places(source.scan, 1, 50 + i, 6., source.mask)[0]
-        yield f"REM{i + 1}", source, [attackers[i % len(attackers)].tamper(source.scan, tuple(at), action="remove", seed=i)]
-
-
 def measure_scans(a, cascade, sources, found):
     attackers, protectors = [CTGAN.from_pretrained(n) for n in TRAINED.values()], [MitsGAN.from_pretrained(n) for n in ("mitsgan-tiny", "mitsgan-robust-tiny")]
     def note(kind, name, scan, truth):
@@ -111,9 +92,8 @@ def measure_scans(a, cascade, sources, found):
         print(found["scans"][-1], flush=True)
     for source in sources[:1] + [s for s in sources if s.name.startswith("phantom")][:1] if len(sources) > 1 else sources:
         scan, _ = make_phantom(seed=17, shape=(22, 512, 512), spacing=(2.5, .7, .7), n_nodules=0)
-        for name, base, forged in eight_scans(source, Source.of("phantom-17", scan, []), attackers):
-            truth = [base.scan.voxel_to_world(n["at"]) for f in forged for n in f.history if n["kind"] == "forged"]
-            note("eight", f"{source.name} {name}", forged[0] if forged else base.scan, truth)
+        for name, _, whole in eight_scans(source, Source.of("phantom-17", scan, []), attackers):
+            note("eight", f"{source.name} {name}", whole, [whole.voxel_to_world(n["at"]) for n in whole.history if n["kind"] == "forged"])
     if "real" in a.scans:
         for name, path in development_scans().items(): note("unforged" if name in HELD_OUT else "unforged, seen in training", name, read_scan(path), [])
         for source in sources:

@@ -4,65 +4,47 @@
     python benchmarks/detector_tables.py --make --sets FOLDER --out RESULTS ...
     python benchmarks/detector_tables.py --quick --out RESULTS
 
-`--sets` is a folder with patches.npz (hu int16 (n, 68, 68), kind uint8 (n,)), global.npz and test.npz (slices under the keys hu_0, hu_1, ...; tampered, scan, action), and for the rows CTGAN-INJ and CTGAN-REM
+`--sets` is a folder that `mits_data forge all` made (its subfolder `all`), or one with patches.npz (hu int16 (n, 68, 68), kind uint8 (n,)), global.npz and test.npz (slices under the keys hu_0, hu_1, ...; tampered, scan, action), and for the rows CTGAN-INJ and CTGAN-REM
 patches-inject.npz and patches-remove.npz; `write_sets` writes such a folder. `--make` makes one first, where it is not there, from the scans and phantoms of chapter 18: patches, second stage and test from different phantoms, the test patients of the shipped weights kept out. `--whole` holds forged and unforged scans with their history, as write_scan leaves them, for Table 4. `--quick` builds a miniature of
 everything from phantoms, in minutes. The first seed trains every row; the others only those whose accuracy is within `--close` of the row Ours, and Ours itself. Every finished row is a JSON file in RESULTS, every network
 lies in RESULTS/networks, trainings go on from checkpoints: call it again after an interruption. `--store` joins all rows that are there into weights/NAME/tables.json, which the chapter shows.
 """
-import argparse, copy
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from mits_nb.attack.ctgan import CTGAN, HELD_OUT
-from mits_nb.core import DataError, UsageError, from_preset, read_json, rng, versions, weights_path, write_json
+from mits_nb.core import UsageError, from_preset, read_json, rng, versions, weights_path, write_json
 from mits_nb.data import development_scans, lung_places
 from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED, PatchSet, cut_patch
 from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, beside_paper, cyclegan_patches, cyclegan_set, row_cascade, scan_row, table_rows
-from mits_nb.detect.training import ForgedSlices, Source, TrainingConfig, build_patches, forged_slices, phantom_source, real_sources
+from mits_nb.detect.training import (ForgedSlices, OneKind, Source, TrainingConfig, build_patches, forged_slices, load_patches, load_slices, phantom_source, read_set, real_sources, save_patches, save_slices,
+                                     set_slices, slice_patches)
 from mits_nb.detect.windows import window_centres
 from mits_nb.phantom import make_phantom
 from mits_nb.scan import read_scan, write_scan
 
 
-def write_slices(path, slices):
-    np.savez_compressed(path, tampered=slices.tampered, scan=slices.scan, action=np.asarray(slices.action, "U16"), **{f"hu_{i}": hu for i, hu in enumerate(slices.hu)})
-
-
-def read_slices(path):
-    with np.load(path, allow_pickle=False) as f:
-        return ForgedSlices([f[f"hu_{i}"] for i in range(len(f["tampered"]))], f["tampered"], f["scan"], f["action"])
-
-
 def write_sets(folder, patches, slices, test):
     "patches: {'': PatchSet, 'inject': PatchSet, 'remove': PatchSet}, the last two where there are any; slices and test: `ForgedSlices`."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for action, part in patches.items(): np.savez_compressed(folder / f"patches{action and '-' + action}.npz", hu=part.hu, kind=part.kind)
-    write_slices(folder / "global.npz", slices)
-    write_slices(folder / "test.npz", test)
+    for action, part in patches.items(): save_patches(folder / f"patches{action and '-' + action}.npz", part)
+    save_slices(folder / "global.npz", slices)
+    save_slices(folder / "test.npz", test)
 
 
 def read_sets(folder):
+    "Patches by kind, slices of the second stage, test slices: of a folder that `write_sets` wrote, or that mits_data forge did (its kind all)."
     folder, patches = Path(folder), {}
+    if (folder / "sets.json").is_file():
+        for action in ("", "inject", "remove"): patches[action] = PatchSet.joined([slice_patches(s, seed=i) for i, s in enumerate(set_slices(folder, "local_train", action))])
+        return patches, read_set(folder, "global_train"), read_set(folder, "test")
     for action in ("", "inject", "remove"):
         file = folder / f"patches{action and '-' + action}.npz"
-        if not file.is_file():
-            if not action: raise DataError(f"{folder} has no {file.name}: give a folder that write_sets wrote")
-            continue
-        with np.load(file, allow_pickle=False) as f: patches[action] = PatchSet(f["hu"], f["kind"])
-    return patches, read_slices(folder / "global.npz"), read_slices(folder / "test.npz")
-
-
-class OneKind:
-    "A forger that does one thing only, whatever it is asked for: for the rows CTGAN-INJ and CTGAN-REM."
-    def __init__(self, attacker, action): self.attacker, self.settings, self.action = attacker, attacker.settings, action
-
-    def tamper(self, scan, at, action=None, **options):
-        inner = copy.copy(self.attacker)
-        inner.settings = self.settings # a disguise changes those
-        return inner.tamper(scan, at, action=self.action, **options)
+        if file.is_file() or not action: patches[action] = load_patches(file)
+    return patches, load_slices(folder / "global.npz"), load_slices(folder / "test.npz")
 
 
 def make_sets(folder, config, data=None, places=16, tests=(12, 13, 14, 16, 17)):

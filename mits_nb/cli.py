@@ -501,7 +501,7 @@ def guarded(
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped; nothing unfinished was written", file=sys.stderr)
         return 130
     return 0
 
@@ -739,7 +739,7 @@ def mits_detect(
 def mits_data(
     argv: list[str] | None = None, # Words of the command line; None takes those of the process
 ) -> int: # Exit code: 0, or 2 with one sentence on the error stream
-    "Command `mits_data`: list, describe, fetch, verify and import data sets."
+    "Command `mits_data`: list, describe, fetch, verify, import and forge data sets."
     parser = argparse.ArgumentParser("mits_data", description="Data sets: what they are, how they are had, and whether what lies here is whole.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="one line per data set")
@@ -757,6 +757,15 @@ def mits_data(
     take = commands.add_parser("import", help="recognise a folder that you have already, and remember it")
     take.add_argument("name")
     take.add_argument("folder")
+    make = commands.add_parser("forge", help="make the detector's data sets: slices, whole scans, CycleGAN", description="Make the data sets of the detector (chapters 18 and 19) from any scans. An interrupted run goes on where it was.")
+    make.add_argument("kinds", nargs="*", metavar="KIND", help="all (half injections, half removals), inject, remove, whole (the eight scans of Table 4), cyclegan (default: all whole cyclegan)")
+    make.add_argument("--out", default="outputs/sets", help="each kind gets a folder below it (default: %(default)s)")
+    make.add_argument("--data", action="append", metavar="PATH", help="folder of scans, one scan, or a data set that `mits_data list` knows; may be repeated (default: phantoms)")
+    make.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: a twentieth of the paper's 35,400 slices; full: all of them (default: %(default)s)")
+    make.add_argument("--scale", type=float, help="share of the paper's slices, instead of the preset's")
+    make.add_argument("--attacker", action="append", metavar="NAME", help="weights that forge; may be repeated (default: ctgan-tiny and ctgan-zeros-tiny)")
+    make.add_argument("--cyclegan", default="cyclegan-tiny", metavar="NAME", help="weights that denoise (default: %(default)s)")
+    make.add_argument("--seed", type=int, default=0)
     return guarded(lambda: run_data(parser.parse_args(argv)))
 
 # %% ../nbs/21_cli.ipynb #d07ee190
@@ -772,7 +781,23 @@ def run_data(
         for path in data.download(args.name, args.wanted, args.out, timeout=args.timeout, tries=args.tries):
             print(data.unpack(path) if args.unpack and path.suffix == ".zip" else path)
     elif args.command == "verify": print(data.verdict(args.target, data.verify(args.target, args.deep)))
+    elif args.command == "forge": run_forge(args)
     else: print(data.inventory(data.import_folder(args.name, args.folder)))
+
+# %% ../nbs/21_cli.ipynb #64e9f35c
+def run_forge(
+    args: argparse.Namespace, # Parsed words
+) -> None:
+    "Call the functions of chapters 18 and 19 and print what each set holds."
+    from mits_nb.attack.ctgan import CTGAN
+    from mits_nb.detect.rivals import CycleNet, forge_sets
+    if args.scale is not None and not 0 < args.scale <= 10: raise UsageError(f"--scale {args.scale:g} is no share of the paper's slices: use a number above 0, 1 for all of them")
+    attackers = [CTGAN.from_pretrained(name) for name in args.attacker] if args.attacker else None
+    kinds, data = args.kinds or ("all", "whole", "cyclegan"), args.data[0] if args.data and len(args.data) == 1 else args.data
+    net = CycleNet.from_pretrained(weights_path(args.cyclegan)) if "cyclegan" in kinds else None
+    for kind, told in forge_sets(kinds, args.out, data, args.preset, attackers, args.seed, net, **({} if args.scale is None else {"scale": args.scale})).items():
+        print(f"{Path(args.out) / kind}: {len(told['files'])} files, {sum(f['bytes'] for f in told['files'].values()) / 2**20:.0f} MB" + (f", {len(told['skipped'])} left out, see sets.json" if told["skipped"] else ""))
+        for part, counts in told["parts"].items(): print(f"  {part:<13}" + ", ".join(f"{n} {name}" for name, n in counts.items()))
 
 # %% ../nbs/21_cli.ipynb #59f7f4af
 def mits_train(

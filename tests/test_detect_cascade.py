@@ -10,7 +10,7 @@ from mits_nb.core import DataError, DetectError, OutputError, TrainError, UsageE
 from mits_nb.detect.cascade import (REPORT_SCHEMA, TRUSTED, Cascade, CascadeConfig, Report, draw_heatmap, enough_in_a_row, fewer_components, find_regions, glcm, load_svm, predictive_value, quantised,
                                     reach_of, read_report, run_rule, slice_features, stored_types, train_svm, verdict_worth, with_neighbours)
 from mits_nb.detect.cnn import Detector
-from mits_nb.detect.windows import grid_shape, to_pixels
+from mits_nb.detect.windows import grid_shape, to_pixels, touched_slices
 from mits_nb.scan import Scan
 
 
@@ -124,6 +124,28 @@ def test_too_few_samples_fall_back_and_say_so(caplog):
 def test_rule_adapts_to_the_slices(dz, n, expected): assert run_rule(dz, n) == expected
 
 
+def test_a_single_hot_window_is_reported_at_the_middle_of_its_pixels():
+    "In the slice, in millimetres, and in the middle of its own box: no half pixel to one side."
+    from mits_nb.detect.windows import cut_windows, window_centres
+    heat, scan = np.zeros((3, 9, 12), np.float32), Scan(np.zeros((3, 64, 76), np.int16), (20., .5, .5), (7., -3., 5.))
+    heat[:, 4, 6] = .9
+    region, = find_regions(heat, scan)
+    rows, columns = np.mgrid[:64, :76]
+    centres = window_centres((64, 76))
+    this = centres[[tuple(c) == (16 + 4 * 4, 16 + 4 * 6) for c in centres]]
+    middle = cut_windows(rows, this).mean(), cut_windows(columns, this).mean()
+    assert region["centre_voxel"] == [1, *middle] == [1, 31.5, 39.5]
+    assert np.allclose(region["centre_mm"], scan.voxel_to_world((1, *middle)))
+    assert [np.mean((a, b - 1)) for a, b in region["box_voxel"][1:]] == [31.5, 39.5]
+
+
+def test_a_rule_for_larger_forgeries_would_miss_the_papers():
+    "All slices of a 16 mm mask are hits: found; asked for 20 mm they would not be."
+    for dz in (2.5, 3., 5.):
+        hits = np.isin(np.arange(60), touched_slices(30, dz, 60, 16.))
+        assert enough_in_a_row(hits, *run_rule(dz, 60)) and not enough_in_a_row(hits, *run_rule(dz, 60, 20.))
+
+
 def test_nine_of_ten():
     def row(text): return np.array([c == "1" for c in text])
     assert enough_in_a_row(row("0111101111100"), 9, 10) and enough_in_a_row(row("111111111"), 9, 10)
@@ -143,8 +165,8 @@ def test_a_region_has_the_right_centre_in_voxels_and_millimetres():
     direction = np.diag([-1., -1., 1.])
     scan = blank(origin=(100., 50., -300.), direction=direction)
     region, = find_regions(volume(range(5, 12)), scan)
-    assert np.allclose(region["centre_voxel"], (8, 16 + 160, 16 + 280), atol=.1) and region["slices"] == list(range(5, 12))
-    assert np.allclose(region["centre_mm"], (100 - 296 * .8, 50 - 176 * .7, -300 + 8 * 2.5), atol=.1)
+    assert np.allclose(region["centre_voxel"], (8, 15.5 + 160, 15.5 + 280), atol=.1) and region["slices"] == list(range(5, 12))
+    assert np.allclose(region["centre_mm"], (100 - 295.5 * .8, 50 - 175.5 * .7, -300 + 8 * 2.5), atol=.1)
     assert region["score"] == 1. and np.allclose(region["size_mm"][0], 7 * 2.5)
     (z0, z1), (y0, y1), (x0, x1) = region["box_voxel"]
     assert (z0, z1) == (5, 12) and np.allclose(region["size_mm"][1:], ((y1 - y0) * .7, (x1 - x0) * .8), atol=.01)
@@ -267,8 +289,8 @@ def test_schema_is_strict_and_reports_follow_it(tmp_path):
 
 def test_table_of_regions():
     table = made_up()[0].table()
-    assert list(table.index) == [1] and np.allclose(table.loc[1, ["z [voxel]", "y [voxel]", "x [voxel]"]].astype(float), (6, 176, 296), atol=.1)
-    assert np.allclose(table.loc[1, ["x [mm]", "z [mm]"]].astype(float), (10 + 296 * .8, 30 + 6 * 2.5), atol=.1) and table.loc[1, "slices"] == 7 and (table.loc[1, "first"], table.loc[1, "last"]) == (3, 9)
+    assert list(table.index) == [1] and np.allclose(table.loc[1, ["z [voxel]", "y [voxel]", "x [voxel]"]].astype(float), (6, 175.5, 295.5), atol=.1)
+    assert np.allclose(table.loc[1, ["x [mm]", "z [mm]"]].astype(float), (10 + 295.5 * .8, 30 + 6 * 2.5), atol=.1) and table.loc[1, "slices"] == 7 and (table.loc[1, "first"], table.loc[1, "last"]) == (3, 9)
     empty = made_up(False)[0].table()
     assert len(empty) == 0 and list(empty.columns) == list(table.columns)
 

@@ -205,7 +205,7 @@ def load_svm(
 def run_rule(
     spacing_z: float, # Distance between slices, mm
     n_slices: int, # Slices of the scan
-    depth_mm: float = 16., # Depth of what was generated
+    depth_mm: float = 16., # Depth of the smallest forgery that shall be found: the paper's mask; the released one has 20
 ) -> tuple[int, int]: # (hits needed, among so many consecutive slices)
     "The paper's 9 of 10 consecutive slices, for slices so thick that a forgery does not span ten: all but one of those it spans."
     among = max(1, min(10, int(depth_mm / abs(spacing_z) + 1e-9) + 1, n_slices))
@@ -243,7 +243,7 @@ def find_regions(
         score = float(weight.max((1, 2))[hits].mean())
         if score < sure: continue
         index = np.stack(np.nonzero(where), 1) + [b.start for b in box]
-        centre = (index * weight[where][:, None]).sum(0) / weight.sum() * (1, 4, 4) + (0, 16, 16)
+        centre = (index * weight[where][:, None]).sum(0) / weight.sum() * (1, 4, 4) + (0, 15.5, 15.5) # the middle of the pixels 4 i ... 4 i + 31
         first, end = index.min(0) * (1, 4, 4) + (0, 14, 14), (index.max(0) + 1) * (1, 4, 4) + (0, 14, 14) # a cell stands for 4 x 4 pixels, see `to_pixels`
         regions.append({"centre_voxel": [round(float(c), 2) for c in centre],
                         "centre_mm": [round(float(c), 2) for c in scan.voxel_to_world(centre)],

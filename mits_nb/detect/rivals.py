@@ -8,10 +8,10 @@ __all__ = ['log', 'TABLE1', 'TABLE2', 'TABLE3', 'TABLE4', 'TABLE4_REGIONS', 'CYC
            'TablesConfig', 'new_net', 'fingerprint', 'first_stage', 'slice_maps', 'whole_probability', 'row_cascade',
            'row_scores', 'ablation', 'table_rows', 'beside_paper', 'scan_row', 'stored_tables', 'add_noise', 'CycleNet',
            'CycleConfig', 'CycleTask', 'draw_piles', 'train_cyclegan', 'clean_slices', 'denoising_gain', 'cycle_card',
-           'cyclegan_set', 'cyclegan_patches', 'CycleInpainter', 'CycleForger']
+           'cyclegan_set', 'cyclegan_patches', 'make_denoised', 'forge_sets', 'CycleInpainter', 'CycleForger']
 
 # %% ../../nbs/19_detect.rivals.ipynb #b2b152ea
-import hashlib, json, logging, math, shutil, time
+import functools, hashlib, json, logging, math, shutil, time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..core import atomic_dir, from_preset, import_torchvision, pick_compute, pr
 from .cascade import Cascade, CascadeConfig, slice_features, slice_truth, train_svm
 from .cnn import CLEAN, FORGED, PAIRED, Detector, DetectorConfig, DetectorTask, PatchSet, cut_patch, draw_batch, settle, standardise, train_detector, window_probability
 from .heatmap import as_slices, heatmap
-from .training import ForgedSlices
+from .training import KINDS, ForgedSlices, Job, SetsConfig, Source, forge_set, make_file, save_slices
 from .windows import grid_shape, window_centres
 from ..gan import History, Task, fit, frozen, lsgan_d_loss, lsgan_g_loss
 from ..protect.mitsgan import ProtectorDiscriminator, residual_body
@@ -686,7 +686,7 @@ def cycle_card(
 
 # %% ../../nbs/19_detect.rivals.ipynb #cb21f16f
 def cyclegan_set(
-    scans: Scan | Iterable[Scan], # Unforged, with their natural noise
+    scans: Scan | Iterable[Scan], # Unforged, with their natural noise; or arrays of slices, HU
     net: CycleNet, # Trained
     seed: int = 0, # Of the noise
     every: int = 1, # Take every n-th slice
@@ -716,6 +716,44 @@ def cyclegan_patches(
             hu.append(cut_patch(one, at))
             kind.append(FORGED if forged else PAIRED)
     return PatchSet(np.stack(hu), np.array(kind, np.uint8))
+
+# %% ../../nbs/19_detect.rivals.ipynb #e11ee516
+def make_denoised(
+    net: CycleNet, # Trained
+    kind: str, # "cyclegan"; anything else is made as in chapter 18
+    job: Job, # What to make
+    source: Source, # Its scan
+    forgers: list, # Not asked for "cyclegan"
+    config: SetsConfig, # Slices of each place
+    seed: int, # Of the noise
+    path: Path, # Where to
+) -> dict: # What the list says about it
+    "Write one file of the CycleGAN set: slices drawn from all of the scan."
+    if kind != "cyclegan": return make_file(kind, job, source, forgers, config, seed, path)
+    numbers, n = rng(seed, "denoised slices", source.name, job.numbers[0]), config.slices * len(job.numbers)
+    drawn = np.sort(numbers.choice(len(source.scan.hu), n, replace=n > len(source.scan.hu)))
+    slices = cyclegan_set([source.scan.hu[drawn]], net, int(numbers.integers(2**31)))
+    save_slices(path, replace(slices, at=np.stack([drawn.repeat(2), *[np.full(2 * n, s // 2) for s in source.scan.shape[1:]]], 1)))
+    return {"places": 0, "slices": len(slices), "denoise": n}
+
+# %% ../../nbs/19_detect.rivals.ipynb #801fab1d
+def forge_sets(
+    kinds: Iterable[str] = ("all", "whole", "cyclegan"), # Of `KINDS`
+    out: str | Path = "outputs/sets", # Each kind gets a folder below it
+    data: str | Path | Iterable[str | Path] | None = None, # None: phantoms; a data set of chapter 3 by name; a folder of scans; several
+    preset: str = "tiny", # "tiny": a twentieth; "full": the paper's size
+    attackers: list | None = None, # Of `CTGAN`; None for both that are shipped
+    seed: int = 0, # Same seed, data and attackers: same bytes
+    net: CycleNet | None = None, # None for "cyclegan-tiny"
+    **overrides, # Fields of `SetsConfig`
+) -> dict[str, dict]: # Kind -> its list
+    "Make the paper's data sets, or go on where they were interrupted. Raises `UsageError`, `DataError`, `OutputError`."
+    if unknown := [k for k in kinds if k not in KINDS]: raise UsageError(f"no data set of kind {unknown[0]!r}: use one of {', '.join(KINDS)}")
+    made = {}
+    for kind in dict.fromkeys(kinds):
+        if kind == "cyclegan" and net is None: net = CycleNet.from_pretrained(weights_path("cyclegan-tiny"))
+        made[kind] = forge_set(kind, Path(out) / kind, data, preset, attackers, seed, functools.partial(make_denoised, net), **overrides)
+    return made
 
 # %% ../../nbs/19_detect.rivals.ipynb #5ea1e6d8
 class CycleInpainter:
