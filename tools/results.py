@@ -1,5 +1,7 @@
 """Render docs/results.md, the current figures of forger, protector and detector, from the JSON files that the measurements wrote. Nothing is typed in.
 
+Read are the files in mits_nb/weights/*/ and what `mits_tables` wrote, docs/measured/tables-*.json. A file that is not there leaves a line that says so.
+
     python tools/results.py            write docs/results.md
     python tools/results.py --check    fail when docs/results.md is out of date
 """
@@ -12,6 +14,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "mits_nb" / "weights"
+STORED = ROOT / "docs" / "measured"
 # shipped weights: what they are, the chapter, and the command that remakes them
 SHIPPED = {
     "ctgan-tiny": ("forger; the hole starts as a soap film", "09_attack.ctgan", "mits_train attack --out {}"),
@@ -26,6 +29,8 @@ ATTACK = "MITS_DATA=scans python benchmarks/attack_quality.py --leave-one-out FO
 PROTECT = "MITS_DATA=scans python benchmarks/protection.py --weights mitsgan-tiny mitsgan-robust-tiny --out protection.json\npython benchmarks/protection.py --report protection.json --store mits_nb/weights/mitsgan-tiny/protection.json"
 DETECT = "MITS_DATA=scans python benchmarks/detection.py --out detection.json\npython benchmarks/detection.py --report detection.json --store mits_nb/weights/cascade-tiny/detection.json"
 TABLES = "MITS_DATA=scans python benchmarks/detector_tables.py --make --sets SETS --out RESULTS --seeds 0 1 2 --store cascade-tiny"
+EVALUATE = "mits_tables --data {data} --arena --out outputs/tables-{data}\ncp outputs/tables-{data}/tables.json docs/measured/tables-{data}.json"
+DATA = {"phantom": "phantoms", "scans": "the real scans"}
 
 
 def read(name: str):
@@ -192,6 +197,44 @@ def ablations() -> str | None:
     return found["about"]["text"] + "\n\n" + records(rows, {"row": "row", "accuracy": "accuracy", "interval": "95 % interval, by scan", "precision": "precision", "recall": "recall", "f1": "F1", "auc": "AUC", "n": "seeds", "slices": "slices", "parameters": "parameters"})
 
 
+def evaluation(data: str) -> dict | None:
+    "What `mits_tables` wrote for some data, or None."
+    file = STORED / f"tables-{data}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def published(content: dict | None) -> str | None:
+    "Every table of both papers, ours and theirs."
+    if content is None:
+        return None
+    from mits_nb.evaluate import table_view
+
+    parts = [f"{len(content['about']['scans'])} scans: {', '.join(content['about']['scans'])}."]
+    for t in content["tables"]:
+        view = table_view(t)
+        heads = ["", *(word for c in view["columns"] for word in (c, "paper")), "n"]
+        lines = []
+        for line in view["lines"]:
+            ours = [c["ours"] + (f" ({c['interval']})" if c.get("interval") else "") + (f" [{c['note']}]" if c.get("note") else "") for c in line["cells"]]
+            lines.append([line["name"], *(v for a, c in zip(ours, line["cells"]) for v in (a, c["paper"])), line["n"]])
+        notes = [f"[{i}] {mark}." for i, mark in enumerate(view["marks"], 1)] + list(t.get("notes", []))
+        parts.append(f"**{t['paper']}, {t['table']}.** {t['title']}\n\n" + table(heads, lines) + ("\n\n" + " ".join(notes) if notes else ""))
+    return "\n\n".join(parts)
+
+
+def arena(content: dict | None) -> str | None:
+    "Attackers against protections, as the detector sees them."
+    if content is None or "arena" not in content:
+        return None
+    from mits_nb.evaluate import MEASURES, arena_matrix
+
+    parts = []
+    for measure in ("pd", "called", "lost_db", "lesion_gone"):
+        attackers, protections, values = arena_matrix(content["arena"], measure)
+        parts.append(f"**{MEASURES[measure][0].capitalize()}.**\n\n" + table(["attacker", *protections], [[a, *(float(v) for v in line)] for a, line in zip(attackers, values)]))
+    return "\n\n".join([*parts, *(f"- {finding}" for finding in content["arena"].get("findings", ()))])
+
+
 def render() -> str:
     "The text of docs/results.md."
     parts = [
@@ -211,6 +254,10 @@ def render() -> str:
         section("Forgers met and unmet, regions, controls", "The long measurement ([chapter 18](../nbs/18_detect.training.ipynb)).", DETECT, detection()),
         section("Ablations and rivals", "Each row is trained and tested on the same slices ([chapter 19](../nbs/19_detect.rivals.ipynb)).", TABLES, ablations()),
     ]
+    if (ROOT / "mits_nb" / "evaluate.py").is_file():
+        parts.append("## Both papers, and the arena")
+        parts += [section(f"Every published table, on {word}", "Ours beside the paper's, as one command computes them; then attackers, protections and detectors against each other ([chapter 20](../nbs/20_evaluate.ipynb)).", EVALUATE.format(data=data),
+                          "\n\n".join(filter(None, (published(evaluation(data)), arena(evaluation(data))))) or None) for data, word in DATA.items()]
     return "\n\n".join(parts) + "\n"
 
 
