@@ -7,7 +7,7 @@ RUN    := $(VENV)/.ready-to-run
 DEV    := $(VENV)/.ready-to-develop
 FACTS  := settings.ini setup.py constraints.txt
 
-.PHONY: help demo lab test sync run readme docs wheel-check clean
+.PHONY: help demo lab test sync run readme results docs wheel-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make sync      clean the notebooks and export the modules"
 	@echo "make run NB=x  execute one chapter in place, e.g. NB=01_scan"
 	@echo "make readme    render README.md from nbs/index.ipynb"
+	@echo "make results   render docs/results.md from the measured files"
 	@echo "make docs      build the site in _docs/"
 	@echo "make clean     remove what these commands made, the environment too"
 
@@ -52,6 +53,9 @@ run: $(DEV)
 readme: $(DEV)
 	$(BIN)/python tools/readme.py
 
+results: $(DEV)
+	$(BIN)/python tools/results.py
+
 docs: $(DEV)
 	$(BIN)/python tools/docs.py
 
@@ -61,6 +65,7 @@ wheel-check: $(DEV)
 test: $(DEV)
 	$(BIN)/python tools/sync_check.py
 	$(BIN)/python tools/readme.py --check
+	$(BIN)/python tools/results.py --check
 	$(BIN)/python tools/docs.py
 	$(BIN)/python tools/wheel_check.py
 	$(BIN)/python -m pytest tests --durations=10
