@@ -448,7 +448,7 @@ def chapter(lab, browser, shots):
         if page.locator(".jp-Dialog .jp-mod-accept").count(): page.click(".jp-Dialog .jp-mod-accept")
         page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
-        page.wait_for_function("/\\d/.test([...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).innerText) || document.querySelector('.jp-OutputArea-output[data-mime-type*=stderr] , .jp-RenderedText[data-mime-type*=error]')", timeout=280_000 * PATIENCE)
+        page.wait_for_function("/\\d/.test([...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).innerText) || document.querySelector('.jp-RenderedText[data-mime-type*=error]')", timeout=280_000 * PATIENCE)
         page.wait_for_function("document.querySelectorAll('.mits-screen').length >= 5")
         rest(page)
     except Exception:
@@ -480,7 +480,7 @@ def test_the_chapter_shows_every_widget(chapter, shots):
 
 def test_slider_and_click_in_the_chapter(chapter, shots):
     page, number = chapter, SCREENS["slice viewer"]
-    output = page.locator(".jp-Cell", has=screen(page, number)).last
+    output = screen(page, number).locator("xpath=ancestor::div[contains(@class, 'jp-CodeCell')]")
     screen(page, number).scroll_into_view_if_needed()
     before, words = picture(page, number), output.inner_text()
     handle = output.locator(".noUi-handle").first.bounding_box()
@@ -508,13 +508,15 @@ def test_forge_in_the_chapter_and_inspect_it(chapter, shots):
     assert changed(before, real) > 0
     screen(page, number).locator("figure > div").first.click(position={"x": 150, "y": 210})
     rest(page)
+    drawn = screen(page, number).get_attribute("data-drawn")
     page.locator("button:has-text('Inject')").first.click()
-    page.wait_for_function("document.body.innerText.includes('voxels changed')")
+    page.wait_for_function("drawn => document.querySelectorAll('.mits-screen')[1].dataset.drawn !== drawn", arg=drawn)
     rest(page)
     assert changed(real, picture(page, number, 1)) > 0
     page.screenshot(path=shots / "lab-forged.png")
     was = picture(page, SCREENS["heatmap inspector"])
     page.click("button:has-text('Inspect again')")
+    page.wait_for_function("[...document.querySelectorAll('button')].some(b => b.innerText.includes('Inspecting') && b.disabled)")
     page.wait_for_function("[...document.querySelectorAll('button')].some(b => b.innerText.includes('Inspect again') && !b.disabled)", timeout=120_000 * PATIENCE)
     page.wait_for_function("document.querySelectorAll('.mits-screen').length >= 5")
     rest(page)
@@ -529,19 +531,16 @@ def test_how_quick_the_chapter_is(chapter, shots, capsys):
     for name, number in SCREENS.items():
         screen(page, number).scroll_into_view_if_needed()
         screen(page, number).focus()
-        down, up = ("ArrowDown", "ArrowUp") if name != "alpha sweep" else ("ArrowLeft", "ArrowRight")
-        page.evaluate(WAIT_FOR_PICTURES, [number, [up, down]]) if name != "alpha sweep" else None
-        moves = ([up] * 3 + [down] * 3) * 4 if name != "alpha sweep" else ["c"] * 24
+        page.keyboard.press("Home")  # the first slice, the smallest strength
+        rest(page)
+        moves = ["c"] * 24 if name == "alpha sweep" else ["ArrowUp"] * 12 + ["ArrowDown"] * 12
         times = page.evaluate(WAIT_FOR_PICTURES, [number, moves])
         found[name] = {"browser_median_ms": round(float(np.median(times)), 1), "browser_p95_ms": round(float(np.percentile(times, 95)), 1)}
     kernel = page.locator(".jp-OutputArea-output:has-text('95 % below')").last.inner_text()
-    for line in kernel.splitlines():
-        if hit := re.search(r"^\s*([a-z ]+?),? .*median\s+(\d+) ms, 95 % below\s+(\d+) ms|^\s*([a-z ]+): median\s+(\d+) ms, 95 % below\s+(\d+) ms", line):
-            name = next(n for n in SCREENS if n in line)
-            found[name] |= {"kernel_p95_ms": float(hit[3] or hit[6])}
+    for name, row in found.items():
+        row["kernel_p95_ms"] = float(re.search(rf"{name}[^:]*: median\s+\d+ ms, 95 % below\s+(\d+) ms", kernel)[1])
     (shots / "latency.json").write_text(json.dumps({"goal": {"browser_p95_ms": 150, "kernel_p95_ms": 50}, "measured": found}, indent=1))
     with capsys.disabled(): print("\n" + "\n".join(f"{name:>18}: " + ", ".join(f"{k} {v:.0f}" for k, v in row.items()) for name, row in found.items()))
-    assert all("kernel_p95_ms" in row for row in found.values())
     assert max(row["browser_p95_ms"] for row in found.values()) < 3000
 
 
