@@ -156,7 +156,7 @@ def protector() -> str | None:
     return "\n\n".join(parts)
 
 
-SCORES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "auc": "AUC", "slices": "slices"}
+SCORES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "auc": "AUC", "f1_alone": "F1, each slice alone", "auc_alone": "AUC, each slice alone", "slices": "slices"}
 
 
 def detector_card() -> str | None:
