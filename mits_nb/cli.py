@@ -18,6 +18,7 @@ from pathlib import Path
 # %% ../nbs/21_cli.ipynb #3d359764
 from .core import (MitsError, OutputError, PlaceError, PRESETS, UsageError, WeightsError, atomic_dir, peak_rss_mb, pick_compute, progress, read_json,
                           versions, weights_path, write_json)
+from .data import published
 from .scan import Scan, check_writable, marker_text, read_scan, sidecar_path, write_scan
 
 # %% ../nbs/21_cli.ipynb #c50e348e
@@ -358,9 +359,9 @@ def history_figure(
 
 # %% ../nbs/21_cli.ipynb #b5eec77c
 PAPER = {  # MITS-GAN (2024), Tables 1 and 2, pairs (real, X)
-    "protected": {"whole": {"rmse_hu": 169.481, "psnr_db": 27.949, "lpips": 0.170, "ssim": 0.983}, "square": {"rmse_hu": 50.565, "psnr_db": 26.682, "lpips": 0.372, "ssim": 0.992}},
-    "protected_forged": {"whole": {"rmse_hu": 198.253, "psnr_db": 21.237, "lpips": 0.226, "ssim": 0.970}, "square": {"rmse_hu": 84.349, "psnr_db": 11.289, "lpips": 0.591, "ssim": 0.740}}}
-CASCADE_PAPER = {"accuracy": 0.9350, "precision": 0.9628, "recall": 0.9050, "f1": 0.9330}  # two-stage cascade (2023), Table 1, "Ours"
+    state: {part: {key: published("mits-gan", table)[row][column] for key, row in (("rmse_hu", "RMSE"), ("psnr_db", "PSNR"), ("lpips", "LPIPS"), ("ssim", "SSIM"))} for part, table in (("whole", "Table 1"), ("square", "Table 2"))}
+    for state, column in (("protected", "MITS-GAN"), ("protected_forged", "MITS-GAN tampered"))}
+CASCADE_PAPER = published("cascade", "Table 1")["Ours"]  # accuracy, precision, recall, f1 of the two-stage cascade (2023)
 
 # %% ../nbs/21_cli.ipynb #c95180f4
 TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>mits_nb: forge, protect, detect, measure</title>
