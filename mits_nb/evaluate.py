@@ -485,17 +485,16 @@ def figure_7(found: dict): # From `protection_pictures` -> matplotlib figure
     plt.close(figure)
     return figure
 
-# %% ../nbs/20_evaluate.ipynb #37e4945d
+# %% ../nbs/20_evaluate.ipynb #6d2c2e7f
 def slice_rows(
     bench: Bench, # Scans and networks
     name: str, # Of the scan
-) -> dict: # probability, tampered, action: one entry per slice
+) -> dict: # probability (asked with the neighbouring slices), alone, tampered, action: one entry per slice
     "What the shipped detector says about forged and unforged slices of one scan, in the paper's proportions."
-    from mits_nb.detect.training import forged_slices
-    source, cascade, c = bench.source(name), bench.model("cascade"), bench.config
-    slices = forged_slices([(name, lambda: source, c.slice_places)], [bench.model("attacker"), bench.model("attacker:zeros")], 7 + c.seed, c.slices)
-    p = [float(cascade.slice_probability(cascade.heatmap(one))[0]) for one in slices.hu]
-    return {"probability": p, "tampered": slices.tampered, "action": [str(a) for a in np.repeat(slices.action[slices.tampered], 2)]}
+    from mits_nb.detect.training import place_scores
+    c = bench.config
+    rows = place_scores(bench.model("cascade"), bench.source(name), [bench.model("attacker"), bench.model("attacker:zeros")], c.slice_places, 7 + c.seed, c.slices)
+    return {"probability": [r["p"] for r in rows], "alone": [r["alone"] for r in rows], "tampered": [r["tampered"] for r in rows], "action": [r["action"] for r in rows]}
 
 # %% ../nbs/20_evaluate.ipynb #7c73f958
 def cycle_rows(
@@ -511,17 +510,18 @@ def cycle_rows(
 # %% ../nbs/20_evaluate.ipynb #e38c7b6f
 SCORES = ("accuracy", "precision", "recall", "f1")
 
-# %% ../nbs/20_evaluate.ipynb #10189fbb
+# %% ../nbs/20_evaluate.ipynb #b31a222e
 def score_cells(
     got: dict[str, dict], # Results of `slice_rows`; the last word of a name is the patient
     paper: dict[str, float], # The published row
     action: str | None = None, # "inject" or "remove": only pairs of that kind
     resamples: int = 1000, # Of the intervals
+    key: str = "probability", # Or "alone": each slice judged without its neighbours
     **more, # Entries of every cell, e.g. how
 ) -> dict[str, dict]: # Column -> cell
     "Accuracy, precision, recall, F1 with intervals by patient."
     from mits_nb.metrics import bootstrap_ci, classification
-    cases = [(p, bool(t), name.split("/")[-1]) for name, v in got.items() for p, t, a in zip(v["probability"], v["tampered"], v["action"]) if action in (None, a)]
+    cases = [(p, bool(t), name.split("/")[-1]) for name, v in got.items() for p, t, a in zip(v[key], v["tampered"], v["action"]) if action in (None, a)]
     p, t, patients = map(np.array, zip(*cases))
     out = {}
     for column in SCORES:
@@ -540,7 +540,7 @@ def stored_cells(
     low, high = row.get("accuracy_interval") or (None, None)
     return {c: {"ours": row.get(c), "low": low if c == "accuracy" else None, "high": high if c == "accuracy" else None, "paper": paper.get(c), "n": row.get("slices"), "patients": row.get("scans"), "seeds": row.get("seeds"), "how": how} for c in SCORES}
 
-# %% ../nbs/20_evaluate.ipynb #ca968514
+# %% ../nbs/20_evaluate.ipynb #8def8779
 def detector_table(
     number: str, # "Table 1", "Table 2", "Table 3", "Section 5"
     got: dict[str, dict], # "slices/<scan>" or, for Section 5, "cycle/<scan>"
@@ -553,7 +553,9 @@ def detector_table(
     blank = lambda figures: {c: {"ours": None, "low": None, "high": None, "paper": figures.get(c), "n": 0, "patients": 0, "how": "not measured: its network is not shipped and no stored table holds it; --train makes it"} for c in SCORES}
     for name, figures in paper.items():
         trained = rows.get("Ours-SW" if name == "Ours-W" else name)
-        if name == "Ours": out[name] = score_cells(got, figures, None, resamples, how=live)
+        if name == "Ours":
+            out[name] = score_cells(got, figures, None, resamples, how=live + ", which asks the neighbouring slices too")
+            if all("alone" in v for v in got.values()): out["Ours, each slice alone"] = score_cells(got, figures, None, resamples, "alone", how=live + ", without the neighbours: as published")
         else: out[name] = stored_cells(trained, figures, how) if trained else blank(figures)
         action = {"CTGAN-INJ": "inject", "CTGAN-REM": "remove"}.get(name)
         if action: out[f"{name}, shipped detector"] = score_cells(got, {}, action, resamples, how=live + ", which learnt both kinds")
@@ -563,14 +565,14 @@ def detector_table(
     notes = ["Half of the slices are forged. Intervals (95 %) by patient; of stored rows only the accuracy has one. Live and stored rows were tested on different slices: compare stored rows with the stored Ours."]
     return {"paper": "cascade", "table": number, "title": titles[number], "units": {}, "rows": out, "notes": notes}
 
-# %% ../nbs/20_evaluate.ipynb #77299faa
+# %% ../nbs/20_evaluate.ipynb #b9aaeccb
 def whole_scan(
     bench: Bench, # Scans and networks
     name: str, # Of the scan that is forged
     role: str, # "BEN", "MAL", "INJ1" ... "REM3"
 ) -> dict: # figures of `scan_row`, and arrays: hu (k, n, n), heat (k, r, c) of slices around a forgery, truth
     "One line of the cascade's Table 4, and what Figures 4 and 8 are drawn from."
-    from mits_nb.detect.cascade import note_slices
+    from mits_nb.detect.cascade import note_slices, with_neighbours
     from mits_nb.detect.rivals import scan_row
     from mits_nb.detect.training import far_apart, lung_candidates
     source, cascade = bench.source(name), bench.model("cascade")
@@ -584,9 +586,10 @@ def whole_scan(
     notes = [note for note in forged.history if note.get("kind") == "forged"]
     out = {"row": scan_row(cascade, forged), "places": [[round(v) for v in note["at"]] for note in notes]}
     if notes:
-        touched = list(note_slices(notes[0], forged))
+        touched = note_slices(notes[0], forged)
         chosen = sorted({touched[round(i * (len(touched) - 1) / 4)] for i in range(5)})
-        out |= {"hu": forged.hu[chosen].astype(np.int16), "heat": cascade.heatmap(forged.hu[chosen]), "slices": chosen}
+        heat = with_neighbours(cascade.heatmap(forged.hu[touched[0]:touched[-1] + 1]), forged.spacing[0], cascade.config.depth_mm)
+        out |= {"hu": forged.hu[chosen].astype(np.int16), "heat": heat[[z - touched[0] for z in chosen]], "slices": chosen}
     return out
 
 # %% ../nbs/20_evaluate.ipynb #38631286
@@ -750,12 +753,12 @@ def cleaned_scan(
     hu = CLEANING_TESTS[cleaning](torch.from_numpy(scan.hu.astype(np.float32)), tuple(map(float, scan.spacing)), torch_rng(seed, "arena", cleaning))
     return scan.with_hu(np.where(scan.hu <= -1000, scan.hu, hu.detach().round().numpy()).astype(scan.hu.dtype))
 
-# %% ../nbs/20_evaluate.ipynb #b91b6ac3
+# %% ../nbs/20_evaluate.ipynb #93cf8dbe
 @dataclass(frozen=True)
 class Judge:
     "A detector of the arena: score of places, and regions where it has any."
     name: str # In tables
-    heat: Callable | None = field(default=None, repr=False) # HU (z, y, x) -> (z, rows, columns); None: the ratio of noise levels
+    heat: Callable | None = field(default=None, repr=False) # `Scan` -> (z, rows, columns); None: the ratio of noise levels
     hot: float = .5 # Of a window
     sure: float = .85 # Of a region that is reported
 
@@ -771,25 +774,26 @@ class Judge:
             return [abs(math.log(max(r, 1e-3))) if math.isfinite(r) else 0. for r in ratios], []
         from mits_nb.detect.cascade import find_regions
         from mits_nb.detect.training import score_at
-        regions = find_regions(self.heat(scan.hu), scan, self.hot, 0.)
+        regions = find_regions(self.heat(scan), scan, self.hot, 0.)
         return [score_at(regions, scan.voxel_to_world(at)) for at in places], regions
 
-# %% ../nbs/20_evaluate.ipynb #c52bcb13
+# %% ../nbs/20_evaluate.ipynb #7868586c
 def judges_of(
     bench: Bench, # Networks
     detectors: str | Path | None = None, # Folder of networks: one folder each, as `detect.rivals.first_stage` keeps them, or cascades
 ) -> list[Judge]: # The shipped cascade first
     "The detectors that compete. Raises `WeightsError`, `DataError`."
-    from mits_nb.detect.cascade import Cascade
+    from mits_nb.detect.cascade import Cascade, with_neighbours
     from mits_nb.detect.cnn import Detector
     from mits_nb.detect.heatmap import heatmap
     from mits_nb.detect.rivals import DctDetector, TimmNet
     cascade = bench.model("cascade")
-    found = [Judge("cascade", cascade.heatmap, cascade.config.hot, cascade.config.sure), Judge("noise ratio")]
+    asked = lambda maps, scan: with_neighbours(maps, scan.spacing[0], cascade.config.depth_mm) # as `Cascade.inspect` does it
+    found = [Judge("cascade", lambda scan: asked(cascade.heatmap(scan.hu), scan), cascade.config.hot, cascade.config.sure), Judge("noise ratio")]
     for folder in detector_folders(detectors):
         kinds = {"dct": DctDetector, "xception": TimmNet, "resnet50": TimmNet}
         net = Cascade.from_pretrained(folder).detector if (folder / "svm.skops").is_file() else kinds.get(folder.name.split("-")[0], Detector).from_pretrained(folder)
-        found.append(Judge(folder.name, lambda hu, net=net.eval(): heatmap(hu, net), cascade.config.hot, cascade.config.sure))
+        found.append(Judge(folder.name, lambda scan, net=net.eval(): asked(heatmap(scan.hu, net), scan), cascade.config.hot, cascade.config.sure))
     return found
 
 # %% ../nbs/20_evaluate.ipynb #14cd7397
@@ -802,7 +806,7 @@ def detector_folders(
     if not found: raise DataError(f"{detectors} holds no detectors: give a folder with one folder for each network (config.json, model.safetensors)")
     return found
 
-# %% ../nbs/20_evaluate.ipynb #6fb628ee
+# %% ../nbs/20_evaluate.ipynb #a0672412
 def honest_round(
     bench: Bench, # Scans and networks
     judges: list[Judge], # Detectors
@@ -817,7 +821,7 @@ def honest_round(
     report = bench.model("cascade").inspect(twin, False)
     scores = {}
     for judge in judges:
-        if judge.name == "cascade": judge = replace(judge, heat=lambda hu: report.heatmap) # not twice
+        if judge.name == "cascade": judge = replace(judge, heat=lambda _: report.heatmap) # not twice
         scores[judge.name] = judge.look(twin, [tuple(map(int, at)) for at in places])[0]
     return {"slices_called": sum(s["tampered"] for s in report.slices), "slices": len(report.slices), "regions": len(report.regions), "scores": scores}
 
@@ -1430,7 +1434,7 @@ def paint_bars(
         if c["ours"] is None: pen.text((left + 4, y + 8), "not measured", fill=(120, 120, 120), font=font, anchor="lm")
     return np.asarray(sheet)
 
-# %% ../nbs/20_evaluate.ipynb #1ecd2a5b
+# %% ../nbs/20_evaluate.ipynb #aea04669
 class AblationExplorer:
     "Tables as bars, ours beside the paper's: a menu of tables, a menu of columns. Show it by ending a cell with it. State: `table`, `column`."
     def __init__(
@@ -1460,9 +1464,8 @@ class AblationExplorer:
         "The columns of the chosen table; the one that was chosen stays, where it exists."
         names = list(dict.fromkeys(c for row in self.table["rows"].values() for c in row))
         before = self.columns.value
-        with self.columns.hold_trait_notifications():
-            self.columns.options = names
-            self.columns.value = before if before in names else names[-1]
+        self.columns.options = names
+        self.columns.value = before if before in names else names[-1]
         self.redraw()
 
     def on_event(self, event: dict) -> None:
