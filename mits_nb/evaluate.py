@@ -1088,7 +1088,7 @@ class OneKind:
         inner.settings = self.settings # a disguise changes those
         return inner.tamper(scan, at, action=self.action, **options)
 
-# %% ../nbs/20_evaluate.ipynb #6b46e2b8
+# %% ../nbs/20_evaluate.ipynb #7844d564
 class TrainingSets:
     "Patches and slices for the rows, made when the first row asks for them. Phantoms 1200 and up for the first stage, 1300 and up for the second; the test scans are the bench's."
     def __init__(
@@ -1098,7 +1098,7 @@ class TrainingSets:
         **overrides, # Fields of `TrainingConfig`
     ):
         from mits_nb.detect.training import TrainingConfig
-        self.bench, self.config, self.made = bench, from_preset(TrainingConfig, preset, **overrides), {}
+        self.bench, self.config, self.made, self.names = bench, from_preset(TrainingConfig, preset, **overrides), {}, list(bench.tests)[:bench.config.scans]
 
     def patches(self, action: str = ""): # `PatchSet`
         "For the first stage; for one kind of forgery where `action` says so."
@@ -1115,7 +1115,7 @@ class TrainingSets:
         if part not in self.made:
             bench, c = self.bench, self.bench.config
             fine = [s for s in range(1300, 1300 + 4 * self.config.phantoms) if s % 4 != 3][:max(2, self.config.phantoms // 2)]
-            sources = [(name, lambda name=name: bench.source(name), c.slice_places) for name in list(bench.tests)[:c.scans]] if part == "test" else [(f"phantom-{s}", lambda s=s: phantom_source(s, self.config.phantom_shape), c.slice_places) for s in fine]
+            sources = [(name, lambda name=name: bench.source(name), c.slice_places) for name in self.names] if part == "test" else [(f"phantom-{s}", lambda s=s: phantom_source(s, self.config.phantom_shape), c.slice_places) for s in fine]
             self.made[part] = forged_slices(sources, [bench.model("attacker"), bench.model("attacker:zeros")], 7 if part == "test" else 1, c.slices)
         return self.made[part]
 
@@ -1132,7 +1132,7 @@ class TrainingSets:
         if "cycle" not in self.made: self.made["cycle"] = denoised(second, 0), denoised(test, 1)
         return cyclegan_patches(self.made["cycle"][0], 10), *self.made["cycle"]
 
-# %% ../nbs/20_evaluate.ipynb #ead35818
+# %% ../nbs/20_evaluate.ipynb #3e8d43df
 def training_cells(
     bench: Bench, # Test scans and forgers
     out: str | Path, # Networks and checkpoints go to `out/trainings`
@@ -1145,7 +1145,7 @@ def training_cells(
     from mits_nb.detect.rivals import ROWS, TablesConfig, ablation, table_rows
     sets, config = TrainingSets(bench, preset, **overrides), config or from_preset(TablesConfig, preset)
     settings = plain({"training": asdict(sets.config), "tables": asdict(config), "places": bench.config.slice_places, "slices": bench.config.slices}) | bench.uses("attacker", "attacker:zeros")
-    data = tuple(bench.data_cell(name) for name in list(bench.tests)[:bench.config.scans])
+    data = tuple(bench.data_cell(name) for name in sets.names)
     def train(row):
         done = ablation(row, *sets.of(row), 0, config, Path(out) / "trainings" / digest(settings))
         return {k: v for k, v in done.items() if k != "seconds"} # a time is no result
