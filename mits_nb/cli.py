@@ -6,8 +6,8 @@
 __all__ = ['STATES', 'PAPER', 'CASCADE_PAPER', 'DemoConfig', 'apart', 'choose_places', 'Clock', 'Chain', 'load_input', 'forge',
            'run_chain', 'measure', 'judge', 'metrics_of', 'states_figure', 'difference_figure', 'detector_figure',
            'verdict_figure', 'history_figure', 'report_html', 'check_output', 'write_results', 'run_demo', 'mits_demo',
-           'run_tamper', 'mits_tamper', 'run_protect', 'mits_protect', 'run_detect', 'mits_detect', 'mits_data',
-           'mits_train']
+           'run_tamper', 'mits_tamper', 'run_protect', 'mits_protect', 'run_detect', 'mits_detect', 'run_tables',
+           'mits_tables', 'mits_data', 'mits_train']
 
 # %% ../nbs/21_cli.ipynb #7a3b3743
 import argparse, logging, math, os, shutil, sys, time
@@ -18,6 +18,7 @@ from pathlib import Path
 # %% ../nbs/21_cli.ipynb #3d359764
 from .core import (MitsError, OutputError, PlaceError, PRESETS, UsageError, WeightsError, atomic_dir, peak_rss_mb, pick_compute, progress, read_json,
                           versions, weights_path, write_json)
+from .data import published
 from .scan import Scan, check_writable, marker_text, read_scan, sidecar_path, write_scan
 
 # %% ../nbs/21_cli.ipynb #c50e348e
@@ -358,9 +359,9 @@ def history_figure(
 
 # %% ../nbs/21_cli.ipynb #b5eec77c
 PAPER = {  # MITS-GAN (2024), Tables 1 and 2, pairs (real, X)
-    "protected": {"whole": {"rmse_hu": 169.481, "psnr_db": 27.949, "lpips": 0.170, "ssim": 0.983}, "square": {"rmse_hu": 50.565, "psnr_db": 26.682, "lpips": 0.372, "ssim": 0.992}},
-    "protected_forged": {"whole": {"rmse_hu": 198.253, "psnr_db": 21.237, "lpips": 0.226, "ssim": 0.970}, "square": {"rmse_hu": 84.349, "psnr_db": 11.289, "lpips": 0.591, "ssim": 0.740}}}
-CASCADE_PAPER = {"accuracy": 0.9350, "precision": 0.9628, "recall": 0.9050, "f1": 0.9330}  # two-stage cascade (2023), Table 1, "Ours"
+    state: {part: {key: published("mits-gan", table)[row][column] for key, row in (("rmse_hu", "RMSE"), ("psnr_db", "PSNR"), ("lpips", "LPIPS"), ("ssim", "SSIM"))} for part, table in (("whole", "Table 1"), ("square", "Table 2"))}
+    for state, column in (("protected", "MITS-GAN"), ("protected_forged", "MITS-GAN tampered"))}
+CASCADE_PAPER = published("cascade", "Table 1")["Ours"]  # accuracy, precision, recall, f1 of the two-stage cascade (2023)
 
 # %% ../nbs/21_cli.ipynb #c95180f4
 TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>mits_nb: forge, protect, detect, measure</title>
@@ -734,6 +735,44 @@ def mits_detect(
     parser.add_argument("--html", metavar="REPORT.html", help="write the report as one page for a browser, with pictures of the scan inside")
     args, found = parser.parse_args(argv), []
     return guarded(lambda: found.append(run_detect(args))) or (3 if found[0].tampered else 0)
+
+# %% ../nbs/21_cli.ipynb #7ab1e5a1
+def run_tables(
+    args, # Parsed words of `mits_tables`
+    say=print, # Receives one line per result
+) -> dict: # What tables.json holds
+    "Check the output folder, compute what is missing, say where the page is. Raises `MitsError`s."
+    from mits_nb.evaluate import evaluate
+    weights = dict(word.split("=", 1) for word in args.weights or ())
+    out = check_output(args.out)
+    with warnings_shown(): content = evaluate(out, args.data, args.preset, args.train, args.arena, args.detectors, weights, **({} if args.seed is None else {"seed": args.seed}))
+    say(f"{len(content['tables'])} tables and {len(content['figures'])} figures on {len(content['about']['scans'])} scans: {out / 'tables.html'}, {out / 'tables.json'}")
+    return content
+
+# %% ../nbs/21_cli.ipynb #7ab1e5a2
+def role_and_name(
+    text: str, # "ROLE=NAME"
+) -> str:
+    "Check the words of --weights."
+    from mits_nb.evaluate import WEIGHTS
+    if text.split("=", 1)[0] not in WEIGHTS or "=" not in text: raise argparse.ArgumentTypeError(f"{text!r}: write ROLE=NAME with one of the roles {', '.join(WEIGHTS)}")
+    return text
+
+# %% ../nbs/21_cli.ipynb #7ab1e5a3
+def mits_tables(
+    argv: list[str] | None = None, # Words of the command line; None takes those of the process
+) -> int: # Exit code: 0, or 2 with one sentence on the error stream
+    "Command `mits_tables`: every published table and figure again, beside the papers'."
+    parser = argparse.ArgumentParser("mits_tables", description="Recompute the tables and figures of both papers beside the published ones: one page (tables.html) and one file (tables.json). An interrupted run goes on where it was; what did not change is not computed again.")
+    parser.add_argument("--data", default="phantom", help="phantom, a data set on this machine such as luna16 (its test patients), or a folder of scans (default: %(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: minutes on two cores, from shipped weights; full: as many scans and places as the papers, all rows trained (default: %(default)s)")
+    parser.add_argument("--out", default="outputs/tables", help="folder for page, JSON and finished cells (default: %(default)s)")
+    parser.add_argument("--train", action="store_true", help="train the ablations and rivals instead of taking their rows from the stored tables (always with --preset full)")
+    parser.add_argument("--arena", action="store_true", help="also attackers x protections x detectors")
+    parser.add_argument("--detectors", metavar="FOLDER", help="more detectors for the arena: one folder for each network")
+    parser.add_argument("--weights", action="append", metavar="ROLE=NAME", type=role_and_name, help="other weights, e.g. cascade=outputs/weights/cascade-tiny; may be repeated")
+    parser.add_argument("--seed", type=int, help="seed of places, protections and touch-up (default: 0)")
+    return guarded(lambda: run_tables(parser.parse_args(argv)))
 
 # %% ../nbs/21_cli.ipynb #c93f0bbb
 def mits_data(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'SUMS', 'IMPORTERS', 'IMPORTED', 'FIELDS', 'SHARES', 'DEVELOPMENT', 'COPIES_EDGE', 'manifest_folders',
-           'manifest_names', 'load_manifest', 'list_manifests', 'describe', 'cache_folder', 'file_entries', 'fetch',
-           'fetch_idc', 'write_phantoms', 'unpack', 'download', 'match_layout', 'DataSet', 'patient_of', 'recognise',
-           'open_dataset', 'import_folder', 'dataset_folder', 'Check', 'verify', 'inventory', 'verdict', 'Finding',
-           'write_findings', 'Slices', 'lidc_findings', 'read_findings', 'split_of', 'split', 'data_folder',
-           'development_scans', 'lung_mask', 'lung_places', 'Candidate', 'nodule_candidates', 'forgery_places',
-           'isotropic_cube', 'copy_names', 'augmented_copies', 'CubeSource', 'cube_stream', 'cube_dataset']
+           'manifest_names', 'load_manifest', 'list_manifests', 'describe', 'published', 'published_cells',
+           'cache_folder', 'file_entries', 'fetch', 'fetch_idc', 'write_phantoms', 'unpack', 'download', 'match_layout',
+           'DataSet', 'patient_of', 'recognise', 'open_dataset', 'import_folder', 'dataset_folder', 'Check', 'verify',
+           'inventory', 'verdict', 'Finding', 'write_findings', 'Slices', 'lidc_findings', 'read_findings', 'split_of',
+           'split', 'data_folder', 'development_scans', 'lung_mask', 'lung_places', 'Candidate', 'nodule_candidates',
+           'forgery_places', 'isotropic_cube', 'copy_names', 'augmented_copies', 'CubeSource', 'cube_stream',
+           'cube_dataset']
 
 # %% ../nbs/03_data.ipynb #f3acc64e
 import csv, logging, math, os, re, shutil, time, zlib
@@ -30,9 +31,12 @@ def manifest_folders() -> list[Path]: # Folders that exist, first match wins
     return [folder for folder in (package / "data_manifests", package.parent / "data_manifests") if folder.is_dir()]
 
 # %% ../nbs/03_data.ipynb #b7de7f5b
+NO_MANIFESTS = {"schema", "published", "published-schema"}  # what else lies in `data_manifests/`
+
+# %% ../nbs/03_data.ipynb #7d23ab8e
 def manifest_names() -> list[str]: # Sorted
     "Names of the data sets that have a manifest."
-    return sorted({file.stem for folder in manifest_folders() for file in folder.glob("*.json")} - {"schema"})
+    return sorted({file.stem for folder in manifest_folders() for file in folder.glob("*.json")} - NO_MANIFESTS)
 
 # %% ../nbs/03_data.ipynb #22fa1999
 def _plain_name(
@@ -91,6 +95,35 @@ def describe(
     lines += ["layout", *[f"  {p['path']:40} {p['about']}" for p in m.get("layout", [])]]
     lines += ["files", *[f"  {f['name']:40} {f.get('about', '')}" for f in m["files"]]] if m.get("files") else []
     return "\n".join([*lines, "cite", *[f"  {c}" for c in m.get("citation", [])]])
+
+# %% ../nbs/03_data.ipynb #4e40bfbf
+_PUBLISHED: dict = {}
+
+# %% ../nbs/03_data.ipynb #64a2b31e
+def _published_file() -> dict: # Read once and kept
+    "Papers and tables of `data_manifests/published.json`. Raises `DataError`."
+    if "tables" not in _PUBLISHED:
+        file = next((folder / "published.json" for folder in manifest_folders() if (folder / "published.json").is_file()), None)
+        if file is None: raise DataError("data_manifests/published.json is missing: the package is incomplete, install it again")
+        _PUBLISHED.update(read_json(file))
+    return _PUBLISHED
+
+# %% ../nbs/03_data.ipynb #7f7fc753
+def published(
+    paper: str, # "mits-gan", "cascade", "m3dsynth" or "btd"
+    table: str, # As the paper calls it, e.g. "Table 1"
+) -> dict[str, dict]: # Row -> column -> value; None where the paper prints none
+    "A published table, as printed. Raises `DataError` for one that is not in the file."
+    for t in _published_file()["tables"]:
+        if (t["paper"], t["table"]) == (paper, table): return {row: dict(zip(t["columns"], values)) for row, values in t["rows"].items()}
+    known = [f"{t['paper']}, {t['table']}" for t in _published_file()["tables"]]
+    raise DataError(f"no published figures for {paper!r}, {table!r}: use one of {'; '.join(known)}")
+
+# %% ../nbs/03_data.ipynb #474cd9f8
+def published_cells() -> list[dict]: # paper, table, row, column, value (None: not printed), unit
+    "Every published figure with where it stands."
+    return [{"paper": t["paper"], "table": t["table"], "row": row, "column": column, "value": value, "unit": t["units"].get(column) or t["units"].get(row)}
+            for t in _published_file()["tables"] for row, values in t["rows"].items() for column, value in zip(t["columns"], values)]
 
 # %% ../nbs/03_data.ipynb #c78d146a
 def cache_folder(

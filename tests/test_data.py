@@ -23,6 +23,7 @@ from mits_nb.core import DataError, PlaceError, UsageError
 from mits_nb.scan import Scan, read_scan, write_scan
 
 MANIFESTS = Path(__file__).parent.parent / "data_manifests"
+OTHERS = {"schema", "published", "published-schema"}
 
 
 # ---------------------------------------------------------------- manifests
@@ -37,7 +38,7 @@ def test_schema_is_a_schema(schema):
 
 @pytest.mark.parametrize("file", sorted(MANIFESTS.glob("*.json")), ids=lambda f: f.stem)
 def test_manifest_follows_schema(schema, file):
-    if file.stem == "schema": return
+    if file.stem in OTHERS: return
     manifest = json.loads(file.read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator(schema).validate(manifest)
     assert manifest["name"] == file.stem
@@ -69,7 +70,7 @@ def test_manifests_name_each_other():
         assert set(data.load_manifest(name)["derived_from"]) <= set(data.manifest_names())
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in MANIFESTS.glob("*.json") if p.stem != "schema"))
+@pytest.mark.parametrize("name", sorted(p.stem for p in MANIFESTS.glob("*.json") if p.stem not in OTHERS))
 def test_describe_tells_what_a_reader_needs(name):
     text, manifest = data.describe(name), data.load_manifest(name)
     for words in (manifest["title"], manifest["licence"]["name"], manifest["access"]["how"], manifest["citation"][0], manifest["layout"][0]["path"]): assert words in text
@@ -80,7 +81,7 @@ def test_describe_a_short_manifest(tmp_path):
     (tmp_path / "own.json").write_text('{"name": "a", "access": {"kind": "direct", "how": "a file somewhere"}}')
     assert "a file somewhere" in data.describe(tmp_path / "own.json")
 
-@pytest.mark.parametrize("name", ["nothing", "schema", "../settings", ""])
+@pytest.mark.parametrize("name", ["nothing", "schema", "published", "published-schema", "../settings", ""])
 def test_unknown_manifest(name):
     with pytest.raises(DataError, match="no manifest named"): data.load_manifest(name)
 
@@ -95,6 +96,42 @@ def test_own_manifest_missing_or_broken(tmp_path):
 def test_own_manifest_that_is_none(tmp_path, content):
     (tmp_path / "own.json").write_text(content)
     with pytest.raises(DataError, match="is not a (valid )?manifest"): data.load_manifest(tmp_path / "own.json")
+
+
+# ---------------------------------------------------------------- published figures
+def test_published_figures_follow_their_schema():
+    schema, stored = (json.loads((MANIFESTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("published-schema", "published"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(stored)
+    for t in stored["tables"]:
+        assert t["paper"] in stored["papers"]
+        assert all(len(row) == len(t["columns"]) for row in t["rows"].values()), t["table"]
+        assert set(t["units"]) <= set(t["columns"]) or set(t["units"]) == set(t["rows"]), t["table"]
+
+
+def test_published_figures_are_all_there():
+    cells = data.published_cells()
+    counts = {}
+    for c in cells: counts[c["paper"], c["table"]] = counts.get((c["paper"], c["table"]), 0) + 1
+    assert {t: n for (p, t), n in counts.items() if p == "mits-gan"} == {"Table 1": 16, "Table 2": 16, "Table 3": 20}
+    assert {t: n for (p, t), n in counts.items() if p == "cascade"} == {"Table 1": 20, "Table 2": 8, "Table 3": 28, "Table 4": 24 * 9, "Table 4, 3D": 36, "Section 5": 4}
+    assert all(c["unit"] for c in cells) and len({(c["paper"], c["table"], c["row"], c["column"]) for c in cells}) == len(cells)
+    assert data.published("mits-gan", "Table 2")["PSNR"]["MITS-GAN tampered"] == 11.289
+    assert data.published("cascade", "Table 3")["Ours-DCT"] == {"accuracy": .8383, "precision": .8512, "recall": .8200, "f1": .8353}
+    assert data.published("m3dsynth", "TruFor")["diffusion"]["pd_at_1_percent"] == .97
+
+
+def test_published_figures_agree_with_each_other():
+    one, three = data.published("cascade", "Table 1"), data.published("cascade", "Table 3")
+    assert one["Ours-SW"] == three["Ours-W"] and one["Ours"] == three["Ours"]
+    for c in data.published_cells():
+        if c["unit"] == "1" and c["value"] is not None: assert 0 <= c["value"] <= 1, c
+    for name, row in data.published("cascade", "Table 4").items():  # only this row's scores were copied from another one
+        if row["f1"] is not None: assert (abs(2 * row["tp"] / (2 * row["tp"] + row["fp"] + row["fn"]) - row["f1"]) > .006) == (name == "REM2/XceptionNet"), name
+
+
+def test_unknown_published_table():
+    with pytest.raises(DataError, match="Table 9.*use one of mits-gan, Table 1"): data.published("mits-gan", "Table 9")
 
 
 # ---------------------------------------------------------------- fetching, from a server on this machine

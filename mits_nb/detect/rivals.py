@@ -26,6 +26,7 @@ from ..attack.nets import HubNet
 from ..attack.tamper import Equalizer, Tampering, soap_film, tamper
 from ..core import DetectError, TrainError, UsageError
 from ..core import atomic_dir, from_preset, import_torchvision, pick_compute, progress, read_json, rng, torch_rng, weights_path, write_json
+from ..data import published
 from .cascade import Cascade, CascadeConfig, slice_features, slice_truth, train_svm
 from .cnn import CLEAN, FORGED, PAIRED, Detector, DetectorConfig, DetectorTask, PatchSet, cut_patch, draw_batch, settle, standardise, train_detector, window_probability
 from .heatmap import as_slices, heatmap
@@ -39,32 +40,24 @@ from ..scan import Scan
 log = logging.getLogger("mits_nb")
 
 # %% ../../nbs/19_detect.rivals.ipynb #0710dbd2
-TABLE1 = {"Ours-SW": (.6583, .6554, .6660, .6607), "Ours-Attention": (.9158, .9561, .8717, .9119), "Ours-Selu": (.9192, .9499, .8850, .9163),
-          "Ours-GLCM": (.8717, .8729, .8700, .8715), "Ours": (.9350, .9628, .9050, .9330)} # Accuracy, precision, recall, F1 (paper, Table 1)
+TABLE1 = {name: tuple(row.values()) for name, row in published("cascade", "Table 1").items()} # Accuracy, precision, recall, F1 (paper, Table 1)
 
 # %% ../../nbs/19_detect.rivals.ipynb #e6b13a02
-TABLE2 = {"CTGAN-INJ": (.8999, .9762, .8200, .8913), "CTGAN-REM": (.9670, .9937, .9400, .9661)} # Trained and tested on one kind of forgery (paper, Table 2)
+TABLE2 = {name: tuple(row.values()) for name, row in published("cascade", "Table 2").items()} # Trained and tested on one kind of forgery (paper, Table 2)
 
 # %% ../../nbs/19_detect.rivals.ipynb #b768b25b
-TABLE3 = {"XceptionNet-W": (.5912, .5738, .7064, .6332), "XceptionNet": (.7125, .7986, .5683, .6641), "ResNet50-W": (.5600, .5488, .6690, .6030), "ResNet50": (.6850, .7643, .5350, .6294),
-          "Ours-W": TABLE1["Ours-SW"], "Ours-DCT": (.8383, .8512, .8200, .8353), "Ours": TABLE1["Ours"]} # (paper, Table 3)
+TABLE3 = {name: tuple(row.values()) for name, row in published("cascade", "Table 3").items()} # Ours-W is Ours-SW of Table 1 (paper, Table 3)
 
 # %% ../../nbs/19_detect.rivals.ipynb #0baab7cb
-TABLE4 = { # Whole scans (paper, Table 4): slice distance in mm; of each method true positives, true negatives, false positives, false negatives among slices, and the accuracy as printed
-    "BEN": (2.5, {"XceptionNet": (0, 162, 16, 0, .9101), "ResNet50": (0, 166, 12, 0, .9326), "Ours": (0, 178, 0, 0, 1.)}),
-    "MAL": (.625, {"XceptionNet": (0, 433, 47, 0, .9101), "ResNet50": (0, 413, 67, 0, .9326), "Ours": (0, 479, 1, 0, .9979)}),
-    "INJ1": (1., {"XceptionNet": (23, 161, 30, 53, .6891), "ResNet50": (12, 176, 15, 64, .7041), "Ours": (43, 182, 9, 33, .8427)}),
-    "INJ2": (2.5, {"XceptionNet": (25, 68, 1, 37, .7099), "ResNet50": (21, 68, 1, 41, .6794), "Ours": (15, 69, 0, 47, .6412)}),
-    "INJ3": (.625, {"XceptionNet": (39, 290, 14, 137, .6854), "ResNet50": (32, 291, 13, 144, .6729), "Ours": (79, 304, 0, 97, .7979)}),
-    "REM1": (1.8, {"XceptionNet": (11, 88, 2, 55, .6346), "ResNet50": (7, 89, 1, 59, .6154), "Ours": (42, 90, 0, 24, .8462)}),
-    "REM2": (1.8, {"XceptionNet": (41, 88, 0, 64, .6346), "ResNet50": (30, 86, 2, 75, .6010), "Ours": (80, 88, 0, 25, .8705)}),
-    "REM3": (2.5, {"XceptionNet": (20, 50, 1, 61, .5303), "ResNet50": (19, 50, 1, 62, .5227), "Ours": (59, 51, 0, 22, .8333)})}
+TABLE4 = {scan: (published("cascade", "Table 4")[f"{scan}/Ours"]["spacing"], { # Whole scans (paper, Table 4): slice distance in mm; of each method true positives, true negatives, false positives, false negatives among slices, and the accuracy as printed
+    method: tuple(published("cascade", "Table 4")[f"{scan}/{method}"][k] for k in ("tp", "tn", "fp", "fn", "accuracy")) for method in ("XceptionNet", "ResNet50", "Ours")})
+    for scan in dict.fromkeys(name.split("/")[0] for name in published("cascade", "Table 4"))}
 
 # %% ../../nbs/19_detect.rivals.ipynb #c11253e0
-TABLE4_REGIONS = {"INJ1": 1, "INJ2": 2, "INJ3": 2, "REM1": 1, "REM2": 2, "REM3": 3} # Forged regions found, as printed (Ours-3D), none missed, none false; INJ3 is said to hold three
+TABLE4_REGIONS = {name: row["tp"] for name, row in published("cascade", "Table 4, 3D").items()} # Forged regions found, as printed (Ours-3D), none missed, none false; INJ3 is said to hold three
 
 # %% ../../nbs/19_detect.rivals.ipynb #f1e79dab
-CYCLEGAN = {"CycleGAN": (.998, None, None, None)} # Accuracy on slices denoised by a CycleGAN; the paper gives no more (section 5, Generalization)
+CYCLEGAN = {name: tuple(row.values()) for name, row in published("cascade", "Section 5").items()} # Accuracy on slices denoised by a CycleGAN; the paper gives no more (section 5, Generalization)
 
 # %% ../../nbs/19_detect.rivals.ipynb #293ea707
 def slide(

@@ -1,0 +1,49 @@
+"""Attackers x protections x detectors (chapter 20), and the tables of both papers, stored as the chapter shows them.
+
+    python benchmarks/arena.py --out FOLDER [--data phantom] [--seeds 12 13 14] [--places 4] [--pixels 352] [--detectors FOLDER] [--tables FOLDER] [--store arena-tiny]
+
+Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--store` writes weights/NAME/arena.json and card.md. Phantoms here have pixels of about 1 mm on a
+smaller grid than those of the tables: half the work, and the same question.
+"""
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from mits_nb.core import from_preset, read_json, versions, weights_path, write_json
+from mits_nb.evaluate import ATTACKERS, PROTECTIONS, Bench, CellStore, EvaluateConfig, arena_matrix, arena_run, find_tests, plain
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", default="phantom")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[12, 13, 14])
+    parser.add_argument("--places", type=int, default=4)
+    parser.add_argument("--honest-places", type=int, default=100)
+    parser.add_argument("--pixels", type=int, default=352)
+    parser.add_argument("--slices", type=int, default=20)
+    parser.add_argument("--attackers", nargs="+", default=list(ATTACKERS), choices=list(ATTACKERS))
+    parser.add_argument("--protections", nargs="+", default=list(PROTECTIONS), choices=PROTECTIONS)
+    parser.add_argument("--detectors")
+    parser.add_argument("--tables", type=Path)
+    parser.add_argument("--store")
+    a = parser.parse_args()
+    shape, spacing = (a.slices, a.pixels, a.pixels), (2.5, round(352 / a.pixels, 3), round(352 / a.pixels, 3))
+    config = from_preset(EvaluateConfig, "tiny", seeds=tuple(a.seeds), shape=shape, spacing=spacing, arena_places=a.places, honest_places=a.honest_places)
+    bench, store = Bench(config, find_tests(a.data, config)), CellStore(a.out)
+    arena = store.compute([arena_run(bench, a.attackers, a.protections, a.detectors)], "arena")["arena"]
+    for measure in ("pd", "called", "lost_db", "noise"):
+        rows, columns, values = arena_matrix(arena, measure)
+        print(f"\n{measure:>16} " + " ".join(f"{c:>15}" for c in columns))
+        for name, line in zip(rows, values): print(f"{name:>16} " + " ".join(f"{v:15.2f}" for v in line))
+    print("\n" + "\n".join(arena["findings"]))
+    about = {"data": a.data, "settings": plain(asdict(config)), "weights": bench.uses(*bench.weights), "scans": {n: store.get(bench.data_cell(n)) for n in bench.tests}, "versions": versions()}
+    stored = {"about": about, "arena": arena, "tables": read_json(a.tables / "tables.json")["tables"] if a.tables else []}
+    write_json(a.out / "arena.json", stored)
+    if a.store:
+        folder = weights_path("ctgan-tiny").parent / a.store
+        print("stored", write_json(folder / "arena.json", stored))
+        (folder / "card.md").write_text("# Results of the arena and of the tables\n\nNo weights: figures that chapter 20 shows, measured by `benchmarks/arena.py` and `mits_tables` with the weights whose fingerprints stand in arena.json (`about`).\n", encoding="utf-8")
+
+
+if __name__ == "__main__": main()
