@@ -944,7 +944,8 @@ def findings(
     for g in answer["gains"]:
         if g["attacker"] == base["attacker"]:
             sure = "the interval excludes zero" if g["low"] > 0 or g["high"] < 0 else "the interval includes zero: no effect is shown"
-            said.append(f"Protection by {g['protection']} changes the share of {base['attacker']} forgeries that is reported by {points(g['value'])} (95 %: {points(g['low'])} to {points(g['high'])}, {g['patients']} patients); {sure}.")
+            span = f"95 %: {points(g['low'])} to {points(g['high'])}, {g['patients']} patients); {sure}." if g["patients"] > 1 else "one patient: nothing is shown about the next one)."
+            said.append(f"Protection by {g['protection']} changes the share of {base['attacker']} forgeries that is reported by {points(g['value'])} ({span}")
     wrong = [a for a in answer["alarms"] if a["protection"] != "none" and abs(a["difference"]["value"]) > .02]
     said.append(f"Honest scans: the cascade calls {100 * answer['alarms'][0]['share']:.1f} % of the plain slices tampered. " + ("Under no protection does that move by more than 2 points." if not wrong else
                 "It moves by more than 2 points under " + ", ".join(f"{a['protection']} ({100 * a['difference']['value']:+.1f})" for a in wrong) + "."))
