@@ -209,7 +209,7 @@ def published(content: dict | None) -> str | None:
         return None
     from mits_nb.evaluate import table_view
 
-    parts = [f"{len(content['about']['scans'])} scans: {', '.join(content['about']['scans'])}."]
+    parts = [f"Measured on: {', '.join(content['about']['scans'])}."]
     for t in content["tables"]:
         view = table_view(t)
         heads = ["", *(word for c in view["columns"] for word in (c, "paper")), "n"]
