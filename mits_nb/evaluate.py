@@ -1049,7 +1049,7 @@ def drawn(
 ) -> dict: # paper, figure, caption, png (base64)
     "A figure as the result of a cell."
     from mits_nb.detect.cascade import figure_png
-    return {"paper": paper, "figure": number, "caption": caption, "png": base64.b64encode(figure_png(figure, dpi=85)).decode()}
+    return {"paper": paper, "figure": number, "caption": caption, "png": base64.b64encode(figure_png(figure, dpi=72)).decode()}
 
 # %% ../nbs/20_evaluate.ipynb #833c8c3f
 def arena_run(
