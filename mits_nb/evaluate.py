@@ -461,7 +461,7 @@ def figure_6(found: dict): # From `protection_pictures` -> matplotlib figure
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
     from mits_nb.scan import window
-    figure, axes = plt.subplots(2, 3, figsize=(8.4, 5.8), layout="constrained", dpi=80)
+    figure, axes = plt.subplots(2, 3, figsize=(7.2, 5.1), layout="constrained", dpi=80)
     y, x = found["at"]
     for line, title, k in zip(axes, ("MITS-GAN", "TAFIM"), (1, 3)):
         for axis, one, words in zip(line, (0, k, k + 1), ("real", f"protected: {title}", "protected, then forged")):
@@ -1049,7 +1049,7 @@ def drawn(
 ) -> dict: # paper, figure, caption, png (base64)
     "A figure as the result of a cell."
     from mits_nb.detect.cascade import figure_png
-    return {"paper": paper, "figure": number, "caption": caption, "png": base64.b64encode(figure_png(figure, dpi=72)).decode()}
+    return {"paper": paper, "figure": number, "caption": caption, "png": base64.b64encode(figure_png(figure, dpi=72, colours=64)).decode()}
 
 # %% ../nbs/20_evaluate.ipynb #833c8c3f
 def arena_run(
