@@ -1382,7 +1382,9 @@ class ArenaExplorer:
 
     def on_event(self, event: dict) -> None:
         "A click chooses a cell, a step the next measure."
-        if event["kind"] == "click": self.choose(int((event["y"] - 26) // 34), int((event["x"] - 118) // 104))
+        if event["kind"] == "click": # at a fraction of the picture's height and width
+            height, width = self.picture().shape[:2]
+            self.choose(int((event["y"] * height - 26) // 34), int((event["x"] * width - 118) // 104))
         elif event["kind"] == "step":
             keys = list(MEASURES)
             self.menu.value = keys[min(max(keys.index(self.measure) + int(event["n"]), 0), len(keys) - 1)]

@@ -335,13 +335,14 @@ def test_arena_matrix_and_picture():
 def test_arena_explorer_follows_clicks_keys_and_menu():
     w = ev.ArenaExplorer(result(), "pd")
     before = w.screen.frames[0]["png"]
-    w.on_event({"kind": "click", "pane": 0, "x": 118 + 104 + 50, "y": 26 + 34 + 5})
+    height, width = w.picture().shape[:2] # the browser sends fractions
+    w.on_event({"kind": "click", "pane": 0, "x": (118 + 104 + 50) / width, "y": (26 + 34 + 5) / height})
     assert w.chosen == (1, 1) and "blur first" in w.status.value and w.screen.frames[0]["png"] != before
     w.on_event({"kind": "step", "n": 1})
     assert w.measure == "auc"
     w.on_event({"kind": "step", "n": -5})
     assert w.measure == "pd"
-    w.on_event({"kind": "click", "pane": 0, "x": 5, "y": 900})
+    w.on_event({"kind": "click", "pane": 0, "x": 5 / width, "y": .999})
     assert w.chosen == (1, 0) and w.still()[:4] == b"\x89PNG"
 
 
