@@ -1082,7 +1082,7 @@ def name_of(
 
 # %% ../../nbs/18_detect.training.ipynb #998a7458
 def train_cascade(
-    preset: str = "tiny", # "tiny": under an hour on two cores; "full": the paper's size
+    preset: str = "tiny", # "tiny": about an hour on two cores; "full": the paper's size
     out: str | Path = "cascade", # Folder for the weights; checkpoints lie beside it until the end
     attackers: list | None = None, # Of `CTGAN`, to learn from; None for "ctgan-tiny" and "ctgan-zeros-tiny"
     protectors: list | None = None, # Of `MitsGAN` that must raise no alarm; None for "mitsgan-tiny" and "mitsgan-robust-tiny"
@@ -1108,8 +1108,10 @@ def train_cascade(
     if not real: log.warning("no real scans found, learning from phantoms only: set MITS_DATA, or give data")
     def phantoms(start, n): return [(f"phantom-{start + i}", lambda s=start + i: phantom_source(s, config.phantom_shape)) for i in range(n)]
     learn = [(*s, config.rounds) for s in real] + [(*s, config.phantom_rounds) for s in phantoms(1200, config.phantoms)]
-    net, rows, patches = train_first_stage(learn, attackers, config, first, seed, work, protectors, phantoms(1400, config.strangers))
-    judge = [(*s, config.global_rounds) for s in real] + [(*s, max(1, config.global_rounds // 2)) for s in phantoms(1300, max(1, config.phantoms // 2))]
+    judges = max(1, config.phantoms // 2)
+    after_learn = max(1300, 1200 + config.phantoms) # no phantom is met twice, however many there are
+    net, rows, patches = train_first_stage(learn, attackers, config, first, seed, work, protectors, phantoms(max(1400, after_learn + judges), config.strangers))
+    judge = [(*s, config.global_rounds) for s in real] + [(*s, max(1, config.global_rounds // 2)) for s in phantoms(after_learn, judges)]
     slices = build_heatmaps(net, judge, attackers, config, seed + 2, protectors, last.depth_mm)
     svm, calibration, grid = train_svm(features_of(slices, last), slices.tampered, slices.scan, last, seed)
     counts = {"patches": patches, "slices": {"tampered": int(slices.tampered.sum()), "unforged": int((~slices.tampered).sum())}}
