@@ -336,7 +336,7 @@ def histories(
     title: str, # What it belongs to
 ) -> list[tuple[str, list[dict]]]: # (title, rows), each row with its step and losses
     "Find every list of steps in a history file."
-    if isinstance(stored, list): return [(title, stored)] if stored and "step" in stored[0] else []
+    if isinstance(stored, list): return [(title, stored)] if stored and isinstance(stored[0], dict) and "step" in stored[0] else []
     if not isinstance(stored, dict): return []
     return [found for key, value in stored.items() for found in histories(value, title if key == "rows" else f"{title}, {key}")]
 
