@@ -2,7 +2,7 @@
 
     python benchmarks/arena.py --out FOLDER [--data phantom] [--seeds 12 13 14] [--places 4] [--pixels 352] [--detectors FOLDER] [--tables FOLDER] [--store arena-tiny]
 
-Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--store` writes weights/NAME/arena.json and card.md. Phantoms here have pixels of about 1 mm on a
+Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--store` writes weights/NAME/phantom.json, or scans.json for other data, and card.md. Phantoms here have pixels of about 1 mm on a
 smaller grid than those of the tables: half the work, and the same question.
 """
 import argparse
@@ -37,13 +37,14 @@ def main():
         print(f"\n{measure:>16} " + " ".join(f"{c:>15}" for c in columns))
         for name, line in zip(rows, values): print(f"{name:>16} " + " ".join(f"{v:15.2f}" for v in line))
     print("\n" + "\n".join(arena["findings"]))
-    about = {"data": a.data, "settings": plain(asdict(config)), "weights": bench.uses(*bench.weights), "scans": {n: store.get(bench.data_cell(n)) for n in bench.tests}, "versions": versions()}
+    about = {"data": a.data, "settings": plain(asdict(config)), "weights": {bench.weights[role]: digest for role, digest in bench.uses(*bench.weights).items()}, "scans": {n: store.get(bench.data_cell(n)) for n in bench.tests}, "versions": versions()}
     stored = {"about": about, "arena": arena, "tables": read_json(a.tables / "tables.json")["tables"] if a.tables else []}
-    write_json(a.out / "arena.json", stored)
+    name = "phantom.json" if a.data == "phantom" else "scans.json"
+    write_json(a.out / name, stored)
     if a.store:
         folder = weights_path("ctgan-tiny").parent / a.store
-        print("stored", write_json(folder / "arena.json", stored))
-        (folder / "card.md").write_text("# Results of the arena and of the tables\n\nNo weights: figures that chapter 20 shows, measured by `benchmarks/arena.py` and `mits_tables` with the weights whose fingerprints stand in arena.json (`about`).\n", encoding="utf-8")
+        print("stored", write_json(folder / name, stored))
+        (folder / "card.md").write_text("# Results of the arena and of the tables\n\nNo weights: figures that chapter 20 shows, measured by `benchmarks/arena.py` and `mits_tables` with the weights whose fingerprints stand under `about`.\n", encoding="utf-8")
 
 
 if __name__ == "__main__": main()

@@ -18,6 +18,7 @@ from mits_nb.core import read_json, rng, versions, write_json
 from mits_nb.data import development_scans, lung_places
 from mits_nb.detect.cascade import Cascade, find_regions
 from mits_nb.detect.training import CONTROLS, Source, eight_scans, forge_round, painted, pasted_back, perturbed_scan, phantom_source, place_scores, score_at, with_settings
+from mits_nb.evaluate import weights_digest
 from mits_nb.metrics import classification, localisation, match_regions, pd_at_fa, roc_auc
 from mits_nb.phantom import make_phantom
 from mits_nb.protect.mitsgan import MitsGAN
@@ -162,7 +163,7 @@ def main():
     parts = [read_json(f) for f in a.report]
     done = tables({k: sum((p[k] for p in parts), []) for k in parts[0]})
     for name, rows in done.items(): print(f"\n{name}\n" + pd.DataFrame(rows).round(3).to_string(index=False))
-    if a.store: write_json(a.store, done | {"versions": versions()})
+    if a.store: write_json(a.store, done | {"weights": {a.weights: weights_digest(a.weights)}, "versions": versions()})
 
 
 if __name__ == "__main__": main()

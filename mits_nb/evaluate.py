@@ -1175,11 +1175,11 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 # %% ../nbs/20_evaluate.ipynb #12171a07
 def figures_text(
     value: float | None, # A figure
-    unit: str = "", # "HU", "dB", "mm", or none
+    unit: str = "", # "HU", "dB", "mm", "count", or none
 ) -> str:
     "A figure as it stands in a table."
     if value is None: return "n/a"
-    if isinstance(value, int) or float(value).is_integer() and unit == "" and abs(value) > 1: return f"{value:g}"
+    if unit == "count" or isinstance(value, int) or float(value).is_integer() and unit == "" and abs(value) > 1: return f"{value:g}"
     return f"{value:.1f}" if unit in ("HU", "dB", "mm") else f"{value:.3f}"
 
 # %% ../nbs/20_evaluate.ipynb #cbbe2f91
@@ -1194,7 +1194,7 @@ def table_view(
             if column not in row:
                 cells.append({"ours": "", "paper": ""})
                 continue
-            c, u = row[column], unit or table["units"].get(column, "")
+            c, u = row[column], "count" if column in ("tp", "tn", "fp", "fn") else unit or table["units"].get(column, "")
             remark = "; ".join(c[k] for k in ("how", "note") if c.get(k))
             if remark and remark not in marks: marks.append(remark)
             cells.append({"ours": figures_text(c["ours"], u), "paper": "" if c["paper"] is None else figures_text(c["paper"], u), "note": marks.index(remark) + 1 if remark else None,
@@ -1498,8 +1498,9 @@ class AblationExplorer:
 # %% ../nbs/20_evaluate.ipynb #f032027a
 def stored_arena(
     name_or_dir: str | Path = "arena-tiny", # Ships with the package; or a folder
+    data: str = "phantom", # "phantom" or "scans": what it was measured on
 ) -> dict | None: # {"about": ..., "arena": ..., "tables": [...]}; None where none is stored
     "The arena and the tables that were measured beforehand by benchmarks/arena.py. Raises `DataError` for a broken file."
     shipped = weights_path("ctgan-tiny").parent / str(name_or_dir)
-    file = (shipped if shipped.is_dir() else Path(name_or_dir)) / "arena.json"
+    file = (shipped if shipped.is_dir() else Path(name_or_dir)) / f"{data}.json"
     return read_json(file) if file.is_file() else None

@@ -1,6 +1,6 @@
 """Render docs/results.md, the current figures of forger, protector and detector, from the JSON files that the measurements wrote. Nothing is typed in.
 
-Read are the files in mits_nb/weights/*/ and what `mits_tables` wrote, docs/measured/tables-*.json. A file that is not there leaves a line that says so.
+Read are the files in mits_nb/weights/*/. A file that is not there leaves a line that says so, and so do figures of weights that have been replaced since.
 
     python tools/results.py            write docs/results.md
     python tools/results.py --check    fail when docs/results.md is out of date
@@ -14,7 +14,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "mits_nb" / "weights"
-STORED = ROOT / "docs" / "measured"
 # shipped weights: what they are, the chapter, and the command that remakes them
 SHIPPED = {
     "ctgan-tiny": ("forger; the hole starts as a soap film", "09_attack.ctgan", "mits_train attack --out {}"),
@@ -29,7 +28,7 @@ ATTACK = "MITS_DATA=scans python benchmarks/attack_quality.py --leave-one-out FO
 PROTECT = "MITS_DATA=scans python benchmarks/protection.py --weights mitsgan-tiny mitsgan-robust-tiny --out protection.json\npython benchmarks/protection.py --report protection.json --store mits_nb/weights/mitsgan-tiny/protection.json"
 DETECT = "MITS_DATA=scans python benchmarks/detection.py --out detection.json\npython benchmarks/detection.py --report detection.json --store mits_nb/weights/cascade-tiny/detection.json"
 TABLES = "MITS_DATA=scans python benchmarks/detector_tables.py --make --sets SETS --out RESULTS --seeds 0 1 2 --store cascade-tiny"
-EVALUATE = "mits_tables --data {data} --arena --out outputs/tables-{data}\ncp outputs/tables-{data}/tables.json docs/measured/tables-{data}.json"
+EVALUATE = "mits_tables --data {data} --out outputs/tables\npython benchmarks/arena.py --data {data} --out outputs/arena --tables outputs/tables --store arena-tiny"
 DATA = {"phantom": "phantoms", "scans": "the real scans"}
 
 
@@ -83,6 +82,14 @@ def records(rows: list[dict], columns: dict[str, str]) -> str:
     "A table of records: the columns that at least one of them has."
     kept = {key: head for key, head in columns.items() if any(key in row for row in rows)}
     return table(list(kept.values()), [[row.get(key) for key in kept] for row in rows])
+
+
+def stale(used: dict[str, str]) -> str:
+    "A warning where figures belong to weights that are no longer those shipped; otherwise nothing. `used`: name -> digest."
+    from mits_nb.evaluate import weights_digest
+
+    changed = [name for name, digest in used.items() if (WEIGHTS / name).is_dir() and weights_digest(WEIGHTS / name) != digest]
+    return f"**Measured with earlier weights** ({', '.join(changed)}): measure again.\n\n" if changed else ""
 
 
 def section(title: str, text: str, command: str, body: str | None) -> str:
@@ -179,7 +186,7 @@ def detection() -> str | None:
     if found is None:
         return None
     low_high = {"low": "95 %, from", "high": "to"}
-    parts = [records([{**r, "name": f"{r['group']}, {r['condition']}"} for r in found["slices"]], {"name": "scans, forger", **SCORES, **low_high})]
+    parts = [stale(found.get("weights", {})) + records([{**r, "name": f"{r['group']}, {r['condition']}"} for r in found["slices"]], {"name": "scans, forger", **SCORES, **low_high})]
     regions = {"group": "scans", "places": "forged places", "pd_at_1_percent": "Pd at 1 % false alarms", "auc": "AUC", "region_f1": "F1 of regions", "voxel_f1": "F1 of voxels", "distance_mm": "distance, mm", **low_high}
     parts.append("Regions:\n\n" + records(found["regions"], regions))
     if found.get("controls"):
@@ -198,9 +205,8 @@ def ablations() -> str | None:
 
 
 def evaluation(data: str) -> dict | None:
-    "What `mits_tables` wrote for some data, or None."
-    file = STORED / f"tables-{data}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    "What `mits_tables` and benchmarks/arena.py found on some data, or None."
+    return read(f"arena-tiny/{data}.json")
 
 
 def published(content: dict | None) -> str | None:
@@ -209,7 +215,7 @@ def published(content: dict | None) -> str | None:
         return None
     from mits_nb.evaluate import table_view
 
-    parts = [f"Measured on: {', '.join(content['about']['scans'])}."]
+    parts = [stale(content["about"]["weights"]) + f"Measured on: {', '.join(content['about']['scans'])}."]
     for t in content["tables"]:
         view = table_view(t)
         heads = ["", *(word for c in view["columns"] for word in (c, "paper")), "n"]
