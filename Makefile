@@ -68,7 +68,7 @@ test: $(DEV)
 	$(BIN)/python tools/results.py --check
 	$(BIN)/python tools/docs.py
 	$(BIN)/python tools/wheel_check.py
-	$(BIN)/python -m pytest tests --durations=10
+	$(BIN)/python -m pytest tests --durations=40
 
 clean:
 	rm -rf $(VENV) _docs _proc build dist outputs *.egg-info

@@ -84,6 +84,13 @@ def test_chapter_form(path):
     assert any(cell["outputs"] for cell in load(path)["cells"] if cell["cell_type"] == "code"), "chapters are committed executed"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_numbered_formulas_have_one_line(path):
+    "The site sets a formula with a line break in an environment that allows no number: MathJax then prints an error in its place."
+    for formula in re.findall(r"\$\$(.+?)\$\$", prose_of(path), flags=re.S):
+        assert not (r"\tag" in formula and "\\\\" in formula), formula
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_badges_open_this_chapter(path):
     head = "".join(load(path)["cells"][0]["source"])
