@@ -95,7 +95,7 @@ def stale(used: dict[str, str]) -> str:
 def section(title: str, text: str, command: str, body: str | None) -> str:
     "One measurement: what it is, its tables or the word that it is missing, and the command that remakes it."
     made = body or "*Not measured yet.*"
-    return f"### {title}\n\n{text}\n\n{made}\n\nRemake it:\n\n```\n{command}\n```"
+    return f"### {title}\n\n{text}\n\n{made}\n\nRemake it:\n\n```sh\n{command}\n```"
 
 
 def weights() -> str:
