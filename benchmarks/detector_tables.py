@@ -50,16 +50,16 @@ def read_sets(folder):
 MADE = {"tiny": dict(phantoms=20, rounds=12, phantom_rounds=3)} # a quarter of the shipped detector's examples, three times: for both kinds of forgery and for each
 
 
-def make_sets(folder, config, data=None, places=16, tests=(12, 13, 14, 16, 17)):
-    "The sets of chapter 18. Slices of one size only: every fourth phantom, with coarse pixels, is for the patches alone."
+def make_sets(folder, config, data=None, places=(6, 8), tests=(12, 13, 14, 16, 17)):
+    "The sets of chapter 18. Slices of one size only: every fourth phantom, with coarse pixels, is for the patches alone. `places` of each scan: for the second stage, for the test."
     attackers, real = [CTGAN.from_pretrained(name) for name in ("ctgan-tiny", "ctgan-zeros-tiny")], real_sources(data)
     phantom = lambda seed: (f"phantom-{seed}", lambda: phantom_source(seed, config.phantom_shape))
     fine = lambda start, n: [phantom(seed) for seed in range(start, start + 2 * n) if seed % 4 != 3][:n]
     learn = [(*s, config.rounds) for s in real] + [(*phantom(1200 + i), config.phantom_rounds) for i in range(config.phantoms)]
     patches = {action: build_patches(learn, [OneKind(a, action) if action else a for a in attackers], config, 0) for action in ("", "inject", "remove")}
     held_out = [(name, lambda path=path, name=name: Source.of(name, read_scan(path))) for name, path in (development_scans() if data != () else {}).items() if name in HELD_OUT]
-    slices = forged_slices([(*s, places) for s in real + fine(1300, max(2, config.phantoms // 2))], attackers, 1)
-    test = forged_slices([(*s, places) for s in held_out + [phantom(seed) for seed in tests]], attackers, 7)
+    slices = forged_slices([(*s, places[0]) for s in real + fine(1300, max(2, config.phantoms // 2))], attackers, 1)
+    test = forged_slices([(*s, places[1]) for s in held_out + [phantom(seed) for seed in tests]], attackers, 7)
     write_sets(folder, patches, slices, test)
 
 

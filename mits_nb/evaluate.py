@@ -10,14 +10,14 @@ __all__ = ['log', 'STORE', 'FITS', 'WEIGHTS', 'SCORES', 'ATTACKERS', 'PROTECTION
            'protection_pictures', 'figure_6', 'figure_7', 'slice_rows', 'cycle_rows', 'score_cells', 'stored_cells',
            'detector_table', 'whole_scan', 'scan_table', 'figure_4', 'figure_8', 'training_curves', 'SoapFilm',
            'CopyMove', 'forger_of', 'protected_by', 'cleaned_scan', 'Judge', 'judges_of', 'detector_folders',
-           'honest_round', 'around_place', 'arena_round', 'rate_above', 'arena_cells', 'headline', 'findings',
-           'table_cells', 'stored_rows', 'has_lpips', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run', 'OneKind',
-           'TrainingSets', 'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour',
-           'colour_range', 'tables_page', 'evaluate', 'arena_run_on', 'paint_matrix', 'arena_sentence', 'ArenaExplorer',
-           'paint_bars', 'AblationExplorer', 'stored_arena']
+           'honest_round', 'known_maps', 'arena_round', 'rate_above', 'arena_cells', 'headline', 'findings',
+           'table_cells', 'stored_rows', 'has_lpips', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run', 'TrainingSets',
+           'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour', 'colour_range',
+           'tables_page', 'evaluate', 'arena_run_on', 'paint_matrix', 'arena_sentence', 'ArenaExplorer', 'paint_bars',
+           'AblationExplorer', 'stored_arena']
 
 # %% ../nbs/20_evaluate.ipynb #70912f1d
-import base64, copy, hashlib, json, logging, math
+import base64, copy, functools, hashlib, json, logging, math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -701,7 +701,7 @@ class CopyMove:
         return tamper(scan, at, lambda cond: self.equalizer(cube)[None, None].to(cond), action, s, self.equalizer, seed)
 
 # %% ../nbs/20_evaluate.ipynb #10929862
-ATTACKERS = {"plain": ("ctgan", "nothing"), "blur first": ("ctgan", "blur 0.7"), "median first": ("ctgan", "median"), "hole of 16 mm": ("mask 16", "nothing"),
+ATTACKERS = {"plain": ("ctgan", "nothing"), "blur first": ("ctgan", "blur 0.7"), "median first": ("ctgan", "median"), "hole of 16 mm": ("mask 16", "nothing"), "released paste": ("released", "nothing"),
              "other CT-GAN": ("zeros", "nothing"), "soap film": ("film", "nothing"), "copy-move": ("copy", "nothing")} # Name -> (forger, what is done to the scan first)
 
 # %% ../nbs/20_evaluate.ipynb #852afc87
@@ -714,12 +714,13 @@ def forger_of(
     kind: str, # First word of an entry of `ATTACKERS`
 ): # Anything with `tamper(scan, at, action, seed)`
     "The forger of the arena."
-    from mits_nb.detect.training import lung_candidates
+    from mits_nb.detect.training import lung_candidates, with_settings
     from mits_nb.protect.mitsgan import with_masks
     ctgan, source = bench.model("attacker"), bench.source(name)
     if kind == "ctgan": return ctgan
     if kind == "zeros": return bench.model("attacker:zeros")
     if kind == "mask 16": return with_masks([ctgan], (16,))[0]
+    if kind == "released": return with_settings(ctgan, touch_up="released", paste="released")
     if kind == "film": return SoapFilm(ctgan)
     lung = lung_candidates(source.scan, source.mask, 77)
     return CopyMove(ctgan, {"inject": source.nodules if len(source.nodules) else lung, "remove": lung})
@@ -758,24 +759,41 @@ def cleaned_scan(
 class Judge:
     "A detector of the arena: score of places, and regions where it has any."
     name: str # In tables
-    heat: Callable | None = field(default=None, repr=False) # `Scan` -> (z, rows, columns); None: the ratio of noise levels
+    maps: Callable | None = field(default=None, repr=False) # HU (z, y, x) -> (z, rows, columns), every slice by itself; None: the ratio of noise levels
+    depth_mm: float = 0. # Of the neighbours that are asked too (chapter 17)
     hot: float = .5 # Of a window
     sure: float = .85 # Of a region that is reported
 
     def look(
         self,
-        scan, # `Scan`, or a crop of one
+        scan, # `Scan`
         places: Iterable, # (z, y, x) voxels
+        maps: np.ndarray | None = None, # What `maps` says of the scan; None: it is asked
     ) -> tuple[list[float], list[dict]]: # Score of each place; regions of any certainty
         "How suspicious the places are."
-        if self.heat is None:
+        if self.maps is None:
             from mits_nb.attack.tamper import noise_ratio
             ratios = [noise_ratio(scan, at) for at in places]
             return [abs(math.log(max(r, 1e-3))) if math.isfinite(r) else 0. for r in ratios], []
-        from mits_nb.detect.cascade import find_regions
+        from mits_nb.detect.cascade import find_regions, with_neighbours
         from mits_nb.detect.training import score_at
-        regions = find_regions(self.heat(scan), scan, self.hot, 0.)
+        maps = self.maps(scan.hu) if maps is None else maps
+        regions = find_regions(with_neighbours(maps, scan.spacing[0], self.depth_mm), scan, self.hot, 0.)
         return [score_at(regions, scan.voxel_to_world(at)) for at in places], regions
+
+    def again(
+        self,
+        scan, # `Scan`: forged
+        before, # `Scan`: the same before
+        known: np.ndarray | None, # What `maps` said of it
+    ) -> np.ndarray | None: # What it says of the forged one; None for the ratio of noise levels
+        "Ask again for the slices that differ, and for no others."
+        if self.maps is None: return None
+        maps, changed = known.copy(), (scan.hu != before.hu).any((1, 2))
+        if changed.any(): maps[changed] = self.maps(scan.hu[changed])
+        return maps
+
+
 
 # %% ../nbs/20_evaluate.ipynb #7868586c
 def judges_of(
@@ -783,18 +801,20 @@ def judges_of(
     detectors: str | Path | None = None, # Folder of networks: one folder each, as `detect.rivals.first_stage` keeps them, or cascades
 ) -> list[Judge]: # The shipped cascade first
     "The detectors that compete. Raises `WeightsError`, `DataError`."
-    from mits_nb.detect.cascade import Cascade, with_neighbours
+    from mits_nb.detect.cascade import Cascade
     from mits_nb.detect.cnn import Detector
     from mits_nb.detect.heatmap import heatmap
     from mits_nb.detect.rivals import DctDetector, TimmNet
     cascade = bench.model("cascade")
-    asked = lambda maps, scan: with_neighbours(maps, scan.spacing[0], cascade.config.depth_mm) # as `Cascade.inspect` does it
-    found = [Judge("cascade", lambda scan: asked(cascade.heatmap(scan.hu), scan), cascade.config.hot, cascade.config.sure), Judge("noise ratio")]
+    same = (cascade.config.depth_mm, cascade.config.hot, cascade.config.sure)
+    found = [Judge("cascade", cascade.heatmap, *same), Judge("noise ratio")]
     for folder in detector_folders(detectors):
         kinds = {"dct": DctDetector, "xception": TimmNet, "resnet50": TimmNet}
         net = Cascade.from_pretrained(folder).detector if (folder / "svm.skops").is_file() else kinds.get(folder.name.split("-")[0], Detector).from_pretrained(folder)
-        found.append(Judge(folder.name, lambda scan, net=net.eval(): asked(heatmap(scan.hu, net), scan), cascade.config.hot, cascade.config.sure))
+        found.append(Judge(folder.name, functools.partial(heatmap, net=net.eval()), *same))
     return found
+
+
 
 # %% ../nbs/20_evaluate.ipynb #14cd7397
 def detector_folders(
@@ -818,27 +838,22 @@ def honest_round(
     source, twin = bench.source(name), protected_by(bench, name, protection)
     places = lung_candidates(source.scan, source.mask, 3)[:bench.config.honest_places]
     if protection == "PGD": places = np.array([at for _, at in forged_places(bench, name, bench.config.arena_places)]) # it changes nothing elsewhere
-    report = bench.model("cascade").inspect(twin, False)
-    scores = {}
+    report, scores = bench.model("cascade").inspect(twin, False), {}
     for judge in judges:
-        if judge.name == "cascade": judge = replace(judge, heat=lambda _: report.heatmap) # not twice
-        scores[judge.name] = judge.look(twin, [tuple(map(int, at)) for at in places])[0]
+        scores[judge.name] = judge.look(twin, [tuple(map(int, at)) for at in places], known_maps(bench, judge, name, protection, "nothing", twin))[0]
     return {"slices_called": sum(s["tampered"] for s in report.slices), "slices": len(report.slices), "regions": len(report.regions), "scores": scores}
 
 # %% ../nbs/20_evaluate.ipynb #e9e4f60a
-def around_place(
-    at: tuple, # (z, y, x) voxel
-    spacing: tuple, # (z, y, x) mm
-    shape: tuple, # Of the scan
-) -> tuple: # Slices of a crop inside the scan
-    "What a detector looks at to judge a place: 18 mm to either side along z, 34 mm and at least 40 pixels in the slice."
-    out = []
-    for axis, (a, s, n) in enumerate(zip(at, spacing, shape)):
-        r = math.ceil((34 if axis else 18) / s)
-        r = max(r, 40) if axis else r
-        first = max(0, min(int(a) - r, n - 2 * r))
-        out.append(slice(first, min(n, first + 2 * r)))
-    return tuple(out)
+def known_maps(
+    bench: Bench, # Keeps them for the scan at hand
+    judge: Judge, # Asked
+    name: str, # Of the scan
+    protection: str, # One of `PROTECTIONS`
+    cleaning: str, # What the forger did to the whole scan first
+    scan, # `Scan`: that scan
+) -> np.ndarray | None: # None for the ratio of noise levels
+    "What a detector says of a scan before anything is forged in it."
+    return None if judge.maps is None else bench.keep(name, ("maps", judge.name, protection, cleaning), lambda: judge.maps(scan.hu))
 
 # %% ../nbs/20_evaluate.ipynb #ef78a6be
 def arena_round(
@@ -853,7 +868,6 @@ def arena_round(
     from mits_nb.metrics import localisation
     from mits_nb.protect.mitsgan import cuboid_crop
     from mits_nb.protect.sweep import Forgery, forgery_row
-    from mits_nb.scan import Scan
     kind, cleaning = ATTACKERS[attacker]
     scan, twin, forger, rows = bench.source(name).scan, protected_by(bench, name, protection), forger_of(bench, name, kind), []
     start = bench.keep(name, ("cleaned", cleaning), lambda: cleaned_scan(scan, cleaning))
@@ -864,13 +878,11 @@ def arena_round(
         crop = cuboid_crop(at, scan.spacing, scan.shape, 16)
         here = tuple(float(a - s.start) for a, s in zip(at, crop))
         damage = forgery_row(Forgery(protection, 0, i, at, here, action, cleaning, scan.hu[crop], twin.hu[crop], start.hu[crop], goal.hu[crop], cleaned.hu[crop], forged.hu[crop]), scan.spacing)
-        where = around_place(at, scan.spacing, scan.shape)
-        part, place = Scan(forged.hu[where], tuple(map(float, scan.spacing))), tuple(int(a - s.start) for a, s in zip(at, where))
         scores, reported = {}, []
         for judge in judges:
-            (scores[judge.name],), regions = judge.look(part, [place])
+            (scores[judge.name],), regions = judge.look(forged, [at], judge.again(forged, cleaned, known_maps(bench, judge, name, protection, cleaning, cleaned)))
             if judge.name == "cascade": reported = [r for r in regions if r["score"] >= judge.sure]
-        found = localisation(painted([place], part), painted([r["centre_voxel"] for r in reported], part))
+        found = localisation(painted([at], forged), painted([r["centre_voxel"] for r in reported], forged))
         rows.append({"at": at, "action": action, **{k: damage[k] for k in ("unprotected_db", "protected_db", "lost_db", "square_ssim", "lesion", "lesion_unprotected")}, "scores": scores, "called": bool(scores["cascade"] >= judges[0].sure), "f1": found["f1"]})
     return {"rows": rows}
 
@@ -1071,8 +1083,8 @@ def arena_run(
         data = (bench.data_cell(name),)
         for p in protections:
             base = {"seed": c.seed, "places": c.arena_places, "detectors": others} | bench.uses("cascade", "attacker", *roles[p]) | ({"steps": c.pgd_steps} if p == "PGD" else {})
-            made.append(Cell(f"honest/{p}/{name}", lambda _, name=name, p=p: look(honest_round, name, p), base | {"honest_places": c.honest_places}, data, 12.))
-            for a in attackers: made.append(Cell(f"arena/{a}/{p}/{name}", lambda _, name=name, p=p, a=a: look(arena_round, name, a, p), base | {"attacker": list(ATTACKERS[a])} | (bench.uses("attacker:zeros") if a == "other CT-GAN" else {}), data, c.arena_places * .8))
+            made.append(Cell(f"honest/{p}/{name}", lambda _, name=name, p=p: look(honest_round, name, p), base | {"honest_places": c.honest_places, "judged": "whole slices"}, data, 12.))
+            for a in attackers: made.append(Cell(f"arena/{a}/{p}/{name}", lambda _, name=name, p=p, a=a: look(arena_round, name, a, p), base | {"attacker": list(ATTACKERS[a]), "judged": "whole slices"} | (bench.uses("attacker:zeros") if a == "other CT-GAN" else {}), data, c.arena_places * 2.))
     def sum_up(got):
         got = {k: v for k, v in got.items() if k.startswith(("arena/", "honest/"))}
         cells, answer = arena_cells(got, c.resamples), headline(got, c.resamples)
@@ -1080,16 +1092,6 @@ def arena_run(
     return Cell("arena", sum_up, {"resamples": c.resamples}, tuple(made))
 
 # %% ../nbs/20_evaluate.ipynb #bfdf877e
-class OneKind:
-    "A forger who does one thing only, whatever he is asked for: for the rows CTGAN-INJ and CTGAN-REM."
-    def __init__(self, attacker, action): self.attacker, self.settings, self.action = attacker, attacker.settings, action
-
-    def tamper(self, scan, at, action=None, **options):
-        inner = copy.copy(self.attacker)
-        inner.settings = self.settings # a disguise changes those
-        return inner.tamper(scan, at, action=self.action, **options)
-
-# %% ../nbs/20_evaluate.ipynb #7844d564
 class TrainingSets:
     "Patches and slices for the rows, made when the first row asks for them. Phantoms 1200 and up for the first stage, 1300 and up for the second; the test scans are the bench's."
     def __init__(
@@ -1103,7 +1105,7 @@ class TrainingSets:
 
     def patches(self, action: str = ""): # `PatchSet`
         "For the first stage; for one kind of forgery where `action` says so."
-        from mits_nb.detect.training import build_patches, phantom_source
+        from mits_nb.detect.training import OneKind, build_patches, phantom_source
         if ("patches", action) not in self.made:
             attackers = [self.bench.model("attacker"), self.bench.model("attacker:zeros")]
             learn = [(f"phantom-{1200 + i}", lambda s=1200 + i: phantom_source(s, self.config.phantom_shape), self.config.phantom_rounds) for i in range(self.config.phantoms)]

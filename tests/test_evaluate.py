@@ -310,10 +310,21 @@ def test_the_soap_film_takes_a_nodule_away(forger):
     assert out.hu[17:23, 37:43, 37:43].max() < -700
 
 
-def test_around_place_stays_inside():
-    for at in ((0, 0, 0), (21, 511, 511), (10, 250, 100)):
-        where = ev.around_place(at, (2.5, .7, .7), (22, 512, 512))
-        assert all(0 <= s.start <= a < s.stop <= n for s, a, n in zip(where, at, (22, 512, 512))) and where[1].stop - where[1].start == 98
+def test_only_changed_slices_are_asked_again_and_the_answer_is_the_same():
+    asked = []
+    def maps(hu):
+        asked.append(len(hu))
+        return (hu[:, 14::4, 14::4] > 0).astype(np.float32)
+    judge = ev.Judge("bright", maps, depth_mm=7.5)
+    before = Scan(np.full((12, 96, 96), -900, np.int16), (2.5, 1., 1.))
+    known, hu = judge.maps(before.hu), before.hu.copy()
+    hu[3:9, 40:56, 40:56] = 30
+    after = before.with_hu(hu)
+    again = judge.again(after, before, known)
+    assert asked == [12, 6] and (again == judge.maps(after.hu)).all() and not known.any()
+    at = (6, 48, 48)
+    assert judge.look(after, [at], again) == judge.look(after, [at]) and judge.look(after, [at])[0][0] > .9 and judge.look(before, [at])[0] == [0.]
+    assert ev.Judge("noise ratio").again(after, before, None) is None
 
 
 # ---------------------------------------------------------------- explorers
