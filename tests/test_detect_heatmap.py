@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-from mits_nb.core import DetectError, UsageError
+from mits_nb.core import DetectError, UsageError, weights_path
 from mits_nb.detect.cnn import Detector
-from mits_nb.detect.heatmap import as_slices, heatmap
+from mits_nb.detect.heatmap import as_slices, dense_heatmaps, ends_in_tissue, heatmap
 from mits_nb.detect.windows import grid_mask, grid_shape, to_pixels, window_centres
+from mits_nb.phantom import make_phantom
 from mits_nb.scan import Scan
 
 
@@ -62,6 +63,25 @@ def test_a_slice_depends_on_itself_only(net):
     other[1] += 300
     a, b = heatmap(hu, net), heatmap(other, net)
     assert np.array_equal(a[[0, 2]], b[[0, 2]]) and not np.array_equal(a[1], b[1])
+
+
+def test_a_crop_is_judged_like_that_part_of_its_slice(monkeypatch):
+    trained = Detector.from_pretrained(weights_path("cascade-tiny") / "detector")
+    scan, _ = make_phantom(seed=12, shape=(3, 352, 352), spacing=(2.5, 1., 1.))
+    y, x = 84, 172
+    whole = dense_heatmaps(scan.hu, trained)[:, y // 4:y // 4 + 13, x // 4:x // 4 + 13]
+    crop = scan.hu[:, y:y + 80, x:x + 80]
+    assert not ends_in_tissue(scan.hu).any() and ends_in_tissue(crop).all()
+    def agreement(): return np.corrcoef(dense_heatmaps(crop, trained).ravel(), whole.ravel())[0, 1]
+    continued = agreement()
+    monkeypatch.setattr("mits_nb.detect.heatmap.ends_in_tissue", lambda hu: np.zeros(len(hu), bool))
+    assert continued > .9 and agreement() < .7  # zeros beyond the border look like a forgery
+
+
+def test_a_slice_that_ends_in_tissue_beside_one_that_does_not(net):
+    hu = np.stack([noise(48, 48), np.full((48, 48), -1000, np.float32)])
+    both = dense_heatmaps(hu, net)
+    assert ends_in_tissue(hu).tolist() == [True, False] and all(np.allclose(both[i], dense_heatmaps(hu[i:i + 1], net)[0], atol=1e-3) for i in (0, 1))
 
 
 def test_a_constant_slice_is_fine(net):
