@@ -50,7 +50,7 @@ def read_sets(folder):
 MADE = {"tiny": dict(phantoms=20, rounds=12, phantom_rounds=3)} # a quarter of the shipped detector's examples, three times: for both kinds of forgery and for each
 
 
-def make_sets(folder, config, data=None, places=(6, 8), tests=(12, 13, 14, 16, 17)):
+def make_sets(folder, config, data=None, places=(3, 6), tests=(12, 13, 14, 16, 17)):
     "The sets of chapter 18. Slices of one size only: every fourth phantom, with coarse pixels, is for the patches alone. `places` of each scan: for the second stage, for the test."
     attackers, real = [CTGAN.from_pretrained(name) for name in ("ctgan-tiny", "ctgan-zeros-tiny")], real_sources(data)
     phantom = lambda seed: (f"phantom-{seed}", lambda: phantom_source(seed, config.phantom_shape))
