@@ -116,7 +116,10 @@ def alphas(a):
     scan, _ = make_phantom(seed=5, shape=(24, 320, 320), spacing=(2.5, 1.1, 1.1))
     result = sweep(trained, attackers[-1], scan, lung_places(scan, 3, seed=9), ("nothing", "blur 0.7", "median", "jpeg"), patient="phantom 5")
     say("alpha sweep on a phantom", protection_table([{**r, "protector": f"alpha {r['value']:g}"} for r in result.rows]))
-    print(f"{result.save(a.store or 'mitsgan-sweep/sweep.npz')}")
+    file = Path(result.save(a.store or "mitsgan-sweep/sweep.npz"))
+    (file.parent / "card.md").write_text(f"# The alpha sweep of chapter 13\n\nNo weights: pictures and figures of {len(values)} protectors, one training of {a.steps or 'the preset'} steps for each alpha ({', '.join(f'{v:g}' for v in values)}), fidelity weight {a.fidelity:g}, "
+                                         f"against {' and '.join(a.attackers)}, judged on {result.info['patient']}. Made by `benchmarks/protection.py --sweep-alphas`.\n", encoding="utf-8")
+    print(file)
 
 
 def main():

@@ -434,8 +434,10 @@ def sweep_figure(
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set(title=f"effect: {action}", ylabel="forged square loses [dB]"); axis.legend(fontsize=8, frameon=False, title="attacker cleans", title_fontsize=8)
     for axis in axes:
-        axis.set(xlabel=info["knob"], xscale="log" if min(values) > 0 and max(values) >= 10 * min(values) else "linear"); axis.grid(alpha=0.3)
-        axis.set_xticks(values, [f"{v:g}" for v in values], fontsize=8); axis.minorticks_off()
+        log = min(values) > 0 and max(values) >= 10 * min(values)
+        axis.set(xlabel=info["knob"], xscale="log" if log else "linear"); axis.grid(alpha=0.3)
+        near = [log and i > 0 and v < 1.6 * values[i - 1] for i, v in enumerate(values)] # their labels would overlap
+        axis.set_xticks(values, ["" if n else f"{v:g}" for n, v in zip(near, values)], fontsize=8); axis.minorticks_off()
     plt.close(figure)
     return figure
 
