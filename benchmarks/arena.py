@@ -1,6 +1,6 @@
 """Attackers x protections x detectors (chapter 20), and the tables of both papers, stored as the chapter shows them.
 
-    python benchmarks/arena.py --out FOLDER [--data phantom] [--seeds 12 13 14] [--places 4] [--pixels 352] [--detectors FOLDER] [--tables FOLDER] [--store arena-tiny]
+    python benchmarks/arena.py --out FOLDER [--data phantom] [--seeds 12 13 14 16] [--places 4] [--pixels 352] [--detectors FOLDER] [--tables FOLDER] [--store arena-tiny]
 
 Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--store` writes weights/NAME/phantom.json, or scans.json for other data, and card.md. Phantoms here have pixels of about 1 mm on a
 smaller grid than those of the tables: half the work, and the same question.
@@ -17,7 +17,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="phantom")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[12, 13, 14])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[12, 13, 14, 16])
     parser.add_argument("--places", type=int, default=4)
     parser.add_argument("--honest-places", type=int, default=100)
     parser.add_argument("--pixels", type=int, default=352)

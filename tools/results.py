@@ -26,8 +26,10 @@ SHIPPED = {
 }
 ATTACK = "MITS_DATA=scans python benchmarks/attack_quality.py --leave-one-out FOLDER --out mits_nb/weights/ctgan-tiny/leave_one_out.json"
 PROTECT = "MITS_DATA=scans python benchmarks/protection.py --weights mitsgan-tiny mitsgan-robust-tiny --out protection.json\npython benchmarks/protection.py --report protection.json --store mits_nb/weights/mitsgan-tiny/protection.json"
-DETECT = "MITS_DATA=scans python benchmarks/detection.py --out detection.json\npython benchmarks/detection.py --report detection.json --store mits_nb/weights/cascade-tiny/detection.json"
-TABLES = "MITS_DATA=scans python benchmarks/detector_tables.py --make --sets SETS --out RESULTS --seeds 0 1 2 --store cascade-tiny"
+DETECT = ("MITS_DATA=scans python benchmarks/detection.py --scans real --unseen NAME=FOLDER ... --out real.json\n"
+          "python benchmarks/detection.py --scans phantom --places 6 --rounds 3 --unseen NAME=FOLDER ... --out phantom.json\n"
+          "python benchmarks/detection.py --report real.json phantom.json --store mits_nb/weights/cascade-tiny/detection.json")
+TABLES = "MITS_DATA=scans python benchmarks/detector_tables.py --make --sets SETS --out RESULTS --store cascade-tiny"
 EVALUATE = "mits_tables --data {data} --out outputs/tables\npython benchmarks/arena.py --data {data} --out outputs/arena --tables outputs/tables --store arena-tiny"
 DATA = {"phantom": "phantoms", "scans": "the real scans"}
 
