@@ -21,8 +21,10 @@ help:
 	@echo "make docs      build the site in _docs/"
 	@echo "make clean     remove what these commands made, the environment too"
 
+# the pip that Python brings may be years old, and resolve for many minutes what a new one resolves in seconds
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$$(grep '^pip==' constraints.txt)"
 
 # torch first and by its exact version, so that a build already on this machine is used
 $(RUN): $(FACTS) | $(BIN)/python

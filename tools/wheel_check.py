@@ -37,8 +37,8 @@ def main() -> int:
         python = folder / "env" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
         pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
         constraints = ROOT / "constraints.txt"
-        torch = next(line for line in constraints.read_text().splitlines() if line.startswith("torch=="))
-        subprocess.run([*pip, torch], check=True)
+        for first in ("pip==", "torch=="):  # the pip that Python brings may resolve for many minutes what a new one resolves in seconds
+            subprocess.run([*pip, next(line for line in constraints.read_text().splitlines() if line.startswith(first))], check=True)
         subprocess.run([*pip, "-c", constraints, wheel], check=True)
         subprocess.run([python, "-c", CHECK], cwd=folder, check=True)
     return 0
