@@ -47,7 +47,7 @@ def read_sets(folder):
     return patches, load_slices(folder / "global.npz"), load_slices(folder / "test.npz")
 
 
-MADE = {"tiny": dict(phantoms=20, rounds=12, phantom_rounds=3)} # a quarter of the shipped detector's examples, three times: for both kinds of forgery and for each
+MADE = {"tiny": dict(phantoms=20, rounds=12, phantom_rounds=3)} # about a third of the shipped detector's examples, three times: for both kinds of forgery and for each
 
 
 def make_sets(folder, config, data=None, places=(3, 6), tests=(12, 13, 14, 16, 17)):
