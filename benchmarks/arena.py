@@ -1,8 +1,9 @@
 """Attackers x protections x detectors (chapter 20), and the tables of both papers, stored as the chapter shows them.
 
     python benchmarks/arena.py --out FOLDER [--data phantom] [--seeds 12 13 14 16] [--places 4] [--pixels 352] [--detectors FOLDER] [--tables FOLDER] [--store arena-tiny]
+    python benchmarks/arena.py --keep --tables FOLDER --store arena-tiny [--data phantom]
 
-Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--store` writes weights/NAME/phantom.json, or scans.json for other data, and card.md. Phantoms here have pixels of about 1 mm on a
+Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--keep` renews the tables and the sentences of what is stored, and measures nothing. `--store` writes weights/NAME/phantom.json, or scans.json for other data, and card.md. Phantoms here have pixels of about 1 mm on a
 smaller grid than those of the tables: half the work, and the same question.
 """
 import argparse
@@ -10,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mits_nb.core import from_preset, read_json, versions, weights_path, write_json
-from mits_nb.evaluate import ATTACKERS, PROTECTIONS, Bench, CellStore, EvaluateConfig, arena_matrix, arena_run, find_tests, plain
+from mits_nb.evaluate import ATTACKERS, PROTECTIONS, Bench, CellStore, EvaluateConfig, arena_matrix, arena_run, find_tests, findings, plain
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--data", default="phantom")
     parser.add_argument("--seeds", type=int, nargs="+", default=[12, 13, 14, 16])
     parser.add_argument("--places", type=int, default=4)
@@ -27,7 +28,18 @@ def main():
     parser.add_argument("--detectors")
     parser.add_argument("--tables", type=Path)
     parser.add_argument("--store")
+    parser.add_argument("--keep", action="store_true")
     a = parser.parse_args()
+    name = "phantom.json" if a.data == "phantom" else "scans.json"
+    tables = read_json(a.tables / "tables.json") if a.tables else {"tables": [], "about": None}
+    tables = {"tables": tables["tables"], "tables_about": tables["about"]}
+    if a.keep:
+        file = weights_path(a.store) / name
+        stored = read_json(file) | tables
+        stored["arena"]["findings"] = findings(stored["arena"]["cells"], stored["arena"])
+        print("stored", write_json(file, stored))
+        return
+    if a.out is None: parser.error("give --out, or --keep with --tables and --store")
     shape, spacing = (a.slices, a.pixels, a.pixels), (2.5, round(352 / a.pixels, 3), round(352 / a.pixels, 3))
     config = from_preset(EvaluateConfig, "tiny", seeds=tuple(a.seeds), shape=shape, spacing=spacing, arena_places=a.places, honest_places=a.honest_places)
     bench, store = Bench(config, find_tests(a.data, config)), CellStore(a.out)
@@ -38,8 +50,7 @@ def main():
         for name, line in zip(rows, values): print(f"{name:>16} " + " ".join(f"{v:15.2f}" for v in line))
     print("\n" + "\n".join(arena["findings"]))
     about = {"data": a.data, "settings": plain(asdict(config)), "weights": {bench.weights[role]: digest for role, digest in bench.uses(*bench.weights).items()}, "scans": {n: store.get(bench.data_cell(n)) for n in bench.tests}, "versions": versions()}
-    stored = {"about": about, "arena": arena, "tables": read_json(a.tables / "tables.json")["tables"] if a.tables else []}
-    name = "phantom.json" if a.data == "phantom" else "scans.json"
+    stored = {"about": about, "arena": arena, **tables}
     write_json(a.out / name, stored)
     if a.store:
         folder = weights_path("ctgan-tiny").parent / a.store

@@ -5,7 +5,7 @@
     python benchmarks/detector_tables.py --quick --out RESULTS
 
 `--sets` is a folder that `mits_data forge all` made (its subfolder `all`), or one with patches.npz (hu int16 (n, 68, 68), kind uint8 (n,)), global.npz and test.npz (slices under the keys hu_0, hu_1, ...; tampered, scan, action), and for the rows CTGAN-INJ and CTGAN-REM
-patches-inject.npz and patches-remove.npz; `write_sets` writes such a folder. `--make` makes one first, where it is not there, from the scans and phantoms of chapter 18: patches, second stage and test from different phantoms, the test patients of the shipped weights kept out. `--whole` holds forged and unforged scans with their history, as write_scan leaves them, for Table 4. `--quick` builds a miniature of
+patches-inject.npz and patches-remove.npz; `write_sets` writes such a folder. `--make` makes one first, where it is not there, from the scans and phantoms of chapter 18: patches, second stage and test from different phantoms, the test patients of the shipped weights kept out (the other real patients are in the patches and in the second stage, as for the shipped weights). `--whole` holds forged and unforged scans with their history, as write_scan leaves them, for Table 4. `--quick` builds a miniature of
 everything from phantoms, in minutes. The first seed trains every row; the others only those whose accuracy is within `--close` of the row Ours, and Ours itself. Every finished row is a JSON file in RESULTS, every network
 lies in RESULTS/networks, trainings go on from checkpoints: call it again after an interruption. `--store` joins all rows that are there into weights/NAME/tables.json, which the chapter shows.
 """

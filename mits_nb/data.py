@@ -386,7 +386,7 @@ def fetch_idc(
 ) -> list[Path]: # One folder per series
     "Download the CT series of some patients from NCI Imaging Data Commons. Raises `DataError`, also when a series came incomplete."
     try: from idc_index import IDCClient
-    except ImportError as error: raise DataError(f"{manifest['name']} is downloaded with the package idc-index: pip install 'mits_nb[idc]', or fetch it from {manifest['access'].get('homepage', 'its archive')}") from error
+    except ImportError as error: raise DataError(f"{manifest['name']} is downloaded with the package idc-index: pip install idc-index, or fetch it from {manifest['access'].get('homepage', 'its archive')}") from error
     client = IDCClient.client()
     table = client.index
     table = table[(table["collection_id"] == manifest["access"]["collection"]) & (table["Modality"] == "CT")]

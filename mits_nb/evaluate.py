@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['log', 'STORE', 'FITS', 'WEIGHTS', 'SCORES', 'ATTACKERS', 'PROTECTIONS', 'MEASURED', 'MEASURES', 'digest', 'plain',
            'Cell', 'read_cell', 'write_cell', 'CellStore', 'weights_digest', 'scan_digest', 'EvaluateConfig',
-           'TestScan', 'phantom_tests', 'file_tests', 'find_tests', 'check_fit', 'Bench', 'forged_places',
-           'protection_rows', 'cell_of', 'fidelity_table', 'scaled_rows', 'sweep_rows', 'alpha_table',
+           'TestScan', 'phantom_tests', 'file_tests', 'scans_below', 'is_dicom', 'find_tests', 'check_fit', 'Bench',
+           'forged_places', 'protection_rows', 'cell_of', 'fidelity_table', 'scaled_rows', 'sweep_rows', 'alpha_table',
            'protection_pictures', 'figure_6', 'figure_7', 'slice_rows', 'cycle_rows', 'score_cells', 'stored_cells',
            'detector_table', 'whole_scan', 'scan_table', 'figure_4', 'figure_8', 'training_curves', 'SoapFilm',
            'CopyMove', 'forger_of', 'protected_by', 'cleaned_scan', 'Judge', 'judges_of', 'detector_folders',
            'honest_round', 'known_maps', 'arena_round', 'rate_above', 'arena_cells', 'headline', 'findings',
            'table_cells', 'stored_rows', 'has_lpips', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run', 'TrainingSets',
            'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour', 'colour_range',
-           'tables_page', 'evaluate', 'arena_run_on', 'paint_matrix', 'arena_sentence', 'ArenaExplorer', 'paint_bars',
-           'AblationExplorer', 'stored_arena']
+           'gains_view', 'alarms_view', 'tables_page', 'evaluate', 'arena_run_on', 'paint_matrix', 'arena_sentence',
+           'ArenaExplorer', 'paint_bars', 'AblationExplorer', 'stored_arena']
 
 # %% ../nbs/20_evaluate.ipynb #70912f1d
-import base64, copy, functools, hashlib, json, logging, math
+import base64, copy, functools, glob, hashlib, html, json, logging, math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .data import published
 log = logging.getLogger("mits_nb")
 
 # %% ../nbs/20_evaluate.ipynb #0e6f58ec
-STORE = {"format": "mits_nb.cells", "version": 1} # Another number where the meaning of stored cells changes
+STORE = {"format": "mits_nb.cells", "version": 2} # Another number where the meaning of stored cells changes
 
 # %% ../nbs/20_evaluate.ipynb #34e565bd
 def digest(
@@ -217,15 +217,35 @@ def phantom_tests(
 def file_tests(
     paths: dict[str, Path], # Name -> file or DICOM folder
 ) -> list[TestScan]:
-    "Scans of a folder, told apart by size and date until their voxels have been read."
+    "Scans of a folder, told apart by size and date until their voxels have been read. No nodule list is read: places of nodules are candidates (chapter 3)."
     def origin(path):
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else sorted(path.parent.glob(f"{glob.escape(path.name.removesuffix(path.suffix))}.*")) # a .mhd keeps its voxels in a .raw or .zraw beside it
         return {"path": str(path.resolve()), "files": digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])}
     def load(name, path):
         from mits_nb.detect.training import Source
         from mits_nb.scan import read_scan
         return Source.of(name, read_scan(path))
     return [TestScan(name, origin(path), lambda name=name, path=path: load(name, path)) for name, path in paths.items()]
+
+# %% ../nbs/20_evaluate.ipynb #58e8a637
+def scans_below(
+    path: Path, # A folder
+) -> dict[str, Path]: # Name -> file, or folder of a DICOM series; never a mask (`..._nodules`)
+    "The scans in a folder and its subfolders. Names are those of the files; where two are called alike, with their folders."
+    suffixes = (".mhd", ".mha", ".nrrd", ".nii", ".nii.gz")
+    inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+    found = [p for p in inside if p.name.endswith(suffixes) and "_nodules" not in p.name]
+    others = {p.parent for p in inside if not p.name.endswith((*suffixes, ".raw", ".zraw", ".csv", ".json", ".md", ".txt"))}
+    found += sorted(folder for folder in others if any(is_dicom(p) for p in sorted(folder.iterdir())[:8] if p.is_file()))
+    short = [p.name if p.is_dir() else p.name.split(".nii")[0].removesuffix(p.suffix) for p in found]
+    return {name if short.count(name) == 1 else "-".join((*p.relative_to(path).parent.parts, name)): p for name, p in zip(short, found)}
+
+# %% ../nbs/20_evaluate.ipynb #dea4af9c
+def is_dicom(
+    file: Path, # Any file
+) -> bool:
+    "Do the letters DICM stand where a DICOM file has them? By convention and not by name: series often come without .dcm."
+    with open(file, "rb") as opened: return opened.read(132)[128:] == b"DICM"
 
 # %% ../nbs/20_evaluate.ipynb #01c25a1c
 def find_tests(
@@ -243,9 +263,7 @@ def find_tests(
     elif not path.exists(): raise DataError(f"unknown data set {data!r}: use phantom, {', '.join(n for n in manifest_names() if n != 'squeezenet' and n != 'phantom')}, or a folder of scans that exists")
     elif path.is_file(): paths = {path.name.split(".")[0]: path}
     else:
-        inside = [p for p in sorted(path.rglob("*")) if p.name.endswith((".mhd", ".mha", ".nrrd", ".nii", ".nii.gz")) and "_nodules" not in p.name]
-        paths = {p.name.split(".nii")[0].removesuffix(p.suffix): p for p in inside}
-        paths |= {p.name: p for p in sorted({q.parent for q in path.rglob("*.dcm")})}
+        paths = scans_below(path)
     if not paths: raise DataError(f"no scan found for --data {data}: give a folder with .mhd, .mha, .nrrd or .nii.gz files or DICOM series")
     return file_tests(dict(list(paths.items())[:config.scans]))
 
@@ -793,8 +811,6 @@ class Judge:
         if changed.any(): maps[changed] = self.maps(scan.hu[changed])
         return maps
 
-
-
 # %% ../nbs/20_evaluate.ipynb #7868586c
 def judges_of(
     bench: Bench, # Networks
@@ -813,8 +829,6 @@ def judges_of(
         net = Cascade.from_pretrained(folder).detector if (folder / "svm.skops").is_file() else kinds.get(folder.name.split("-")[0], Detector).from_pretrained(folder)
         found.append(Judge(folder.name, functools.partial(heatmap, net=net.eval()), *same))
     return found
-
-
 
 # %% ../nbs/20_evaluate.ipynb #14cd7397
 def detector_folders(
@@ -916,7 +930,7 @@ def arena_cells(
             scores, against = np.array([r["scores"][judge] for r, _ in rows]), honest(protection, judge)
             found = rate_above(scores, honest("none", judge))
             ci = patient_interval(found.astype(float), patients, resamples=resamples)
-            cell["detectors"][judge] = {"auc": round(roc_auc(np.r_[scores, against], np.r_[np.ones(len(scores)), np.zeros(len(against))] > 0), 4), "pd": round(float(found.mean()), 4), "low": round(ci["low"], 4), "high": round(ci["high"], 4)}
+            cell["detectors"][judge] = {"auc": round(roc_auc(np.r_[scores, against], np.r_[np.ones(len(scores)), np.zeros(len(against))] > 0), 4), "pd": round(float(found.mean()), 4), "low": round(ci["low"], 4), "high": round(ci["high"], 4), "honest": len(against)}
         out.append(cell)
     return out
 
@@ -958,17 +972,24 @@ def findings(
             sure = "the interval excludes zero" if g["low"] > 0 or g["high"] < 0 else "the interval includes zero: no effect is shown"
             span = f"95 %: {points(g['low'])} to {points(g['high'])}, {g['patients']} patients); {sure}." if g["patients"] > 1 else "one patient: nothing is shown about the next one)."
             said.append(f"Protection by {g['protection']} changes the share of {base['attacker']} forgeries that is reported by {points(g['value'])} ({span}")
+    others = [g for g in answer["gains"] if g["attacker"] != base["attacker"] and g["patients"] > 1]
+    if others:
+        clear = [f"{g['protection']} against {g['attacker']} ({points(g['value'])}, {points(g['low'])} to {points(g['high'])})" for g in others if g["low"] > 0 or g["high"] < 0]
+        said.append(f"Of the {len(others)} other pairs of attacker and protection, the interval excludes zero for {', '.join(clear) or 'none'}; chance alone would do that for about {round(len(others) / 20)}.")
     wrong = [a for a in answer["alarms"] if a["protection"] != "none" and abs(a["difference"]["value"]) > .02]
     said.append(f"Honest scans: the cascade calls {100 * answer['alarms'][0]['share']:.1f} % of the plain slices tampered. " + ("Under no protection does that move by more than 2 points." if not wrong else
-                "It moves by more than 2 points under " + ", ".join(f"{a['protection']} ({100 * a['difference']['value']:+.1f})" for a in wrong) + "."))
+                "It moves by more than 2 points under " + ", ".join(f"{a['protection']} ({100 * a['difference']['value']:+.1f}" + (f", 95 %: {100 * a['difference']['low']:+.1f} to {100 * a['difference']['high']:+.1f})" if a["patients"] > 1 else ")") for a in wrong) + "."))
     for p in protections:
         if (base["attacker"], p) not in of or of[base["attacker"], p]["lost_db"] < 1: continue
         left = {a: of[a, p]["lost_db"] / of[base["attacker"], p]["lost_db"] for a in ("blur first", "median first") if (a, p) in of}
         if left: said.append(f"{p} costs the plain forgery {of[base['attacker'], p]['lost_db']:.1f} dB; what is left of that: " + ", ".join(f"{v:.0%} with {a}" for a, v in left.items()) + ".")
     outsiders = {a: of[a, "none"] for a in ("soap film", "copy-move") if (a, "none") in of}
     for a, c in outsiders.items(): said.append(f"{a.capitalize()}, which uses no GAN: the cascade finds {c['detectors']['cascade']['pd']:.0%} at 1 % false alarms, the noise ratio {c['detectors']['noise ratio']['pd']:.0%}.")
-    worst = min(cells, key=lambda c: c["detectors"]["cascade"]["pd"])
-    said.append(f"The cascade's worst opponent here: {worst['attacker']} on scans with protection {worst['protection']}, {worst['detectors']['cascade']['pd']:.0%} found.")
+    wayward = [a for a, c in ((a, of[a, "none"]) for a in dict.fromkeys(c["attacker"] for c in cells) if (a, "none") in of) if c["detectors"]["noise ratio"]["auc"] < .5]
+    if wayward: said.append(f"The noise ratio's AUC on unprotected scans lies below one half for {', '.join(wayward)}: the noise of these forgeries fits its surroundings better than that of honest places does.")
+    least = min(c["detectors"]["cascade"]["pd"] for c in cells)
+    where = {a: [c["protection"] for c in cells if c["attacker"] == a and c["detectors"]["cascade"]["pd"] == least] for a in dict.fromkeys(c["attacker"] for c in cells)}
+    said.append(f"Where the cascade finds least ({least:.0%}): " + "; ".join(f"{a} ({'under every protection' if len(p) == len(protections) + 1 else 'protection: ' + ', '.join(p)})" for a, p in where.items() if p) + ".")
     return said
 
 # %% ../nbs/20_evaluate.ipynb #23546213
@@ -990,12 +1011,12 @@ def table_cells(
     made["pictures"] = Cell("pictures", lambda _: protection_pictures(bench, first), {"seed": c.seed} | bench.uses("attacker", "mitsgan", "tafim"), (bench.data_cell(first),), 4.)
     named = lambda head: tuple(cell for name, cell in made.items() if name.startswith(head))
     stored, n = stored_rows(bench), c.resamples
-    tables = [Cell("table/mits-gan/Table 1", lambda got: fidelity_table(got, "whole", n), {"resamples": n}, named("protection/")),
-              Cell("table/mits-gan/Table 2", lambda got: fidelity_table(got, "square", n), {"resamples": n}, named("protection/")), alpha]
+    tables = [Cell("table/mits-gan/Table 1", lambda got: fidelity_table(got, "whole", n), {"resamples": n, "paper": digest(published("mits-gan", "Table 1"))}, named("protection/")),
+              Cell("table/mits-gan/Table 2", lambda got: fidelity_table(got, "square", n), {"resamples": n, "paper": digest(published("mits-gan", "Table 2"))}, named("protection/")), alpha]
     rows, how = stored.get("rows", {}), "trained and measured in this run" if trained else MEASURED
     for number in ("Table 1", "Table 2", "Table 3", "Section 5"):
         make = lambda got, number=number: detector_table(number, {k: v for k, v in got.items() if "/" in k}, got.get("trained rows", rows), how, n)
-        tables.append(Cell(f"table/cascade/{number}", make, {"resamples": n} | ({} if trained else {"stored": digest(plain(rows))}), named("cycle/" if number == "Section 5" else "slices/") + ((trained,) if trained else ())))
+        tables.append(Cell(f"table/cascade/{number}", make, {"resamples": n, "paper": digest(published("cascade", number))} | ({} if trained else {"stored": digest(plain(rows))}), named("cycle/" if number == "Section 5" else "slices/") + ((trained,) if trained else ())))
     figure = lambda paper, number, caption, draw, *needs, **settings: Cell(f"figure/{paper}/{number}", lambda got: drawn(paper, number, caption, draw(got)), settings, needs, 1.)
     history = weights_path(bench.weights["cascade"]) / "history.json"
     figures = [figure("mits-gan", "Figure 6", "Real, protected, and forged after protection; the tampered square in red. Above MITS-GAN, below TAFIM.", lambda got: figure_6(got["pictures"]), made["pictures"]),
@@ -1031,7 +1052,7 @@ def alpha_cell(
     sweep = Path(weights_path("mitsgan-tiny")).parent / "mitsgan-sweep" / "sweep.npz"
     if trained := sweep.is_file(): needs = (Cell("alpha/stored", lambda _: sweep_rows(sweep), {"file": digest(sweep.read_bytes())}),)
     else: needs = tuple(Cell(f"alpha/{name}", lambda _, name=name: scaled_rows(bench, name), {"places": c.places, "seed": c.seed} | bench.uses("attacker", "mitsgan"), (bench.data_cell(name),), 10.) for name in bench.tests)
-    return Cell("table/mits-gan/Table 3", lambda got: alpha_table(got, trained, c.resamples), {"resamples": c.resamples}, needs)
+    return Cell("table/mits-gan/Table 3", lambda got: alpha_table(got, trained, c.resamples), {"resamples": c.resamples, "paper": digest(published("mits-gan", "Table 3"))}, needs)
 
 # %% ../nbs/20_evaluate.ipynb #209f1a0f
 def scan_cells(
@@ -1046,9 +1067,9 @@ def scan_cells(
     else: tests = list(bench.tests.values())
     names = {role: tests[i % len(tests)].name for i, role in enumerate(roles)}
     bench.tests |= {t.name: t for t in tests}
-    seen = {t: bench.data_cell(t) for t in set(names.values())}
-    whole = {role: Cell(f"whole/{role}", lambda _, role=role, name=name: whole_scan(bench, name, role), {"role": role, "seed": c.seed} | bench.uses("attacker", "attacker:zeros", "cascade"), (seen[name],), 14.) for role, name in names.items()}
-    return [Cell("table/cascade/Table 4", lambda got: scan_table(got, names, stored.get("scans", {})), {"names": names, "stored": digest(plain(stored.get("scans", {})))}, tuple(whole.values())),
+    seen, forgeries = {t: bench.data_cell(t) for t in set(names.values())}, published("cascade", "Table 4, 3D")
+    whole = {role: Cell(f"whole/{role}", lambda _, role=role, name=name: whole_scan(bench, name, role), {"role": role, "forgeries": forgeries.get(role, {}).get("tp", 0), "seed": c.seed} | bench.uses("attacker", "attacker:zeros", "cascade"), (seen[name],), 14.) for role, name in names.items()}
+    return [Cell("table/cascade/Table 4", lambda got: scan_table(got, names, stored.get("scans", {})), {"names": names, "stored": digest(plain(stored.get("scans", {}))), "paper": digest([published("cascade", "Table 4"), forgeries])}, tuple(whole.values())),
             figure("cascade", "Figure 4", "A forged slice (the forged square in red), and the same slice under its heatmap.", lambda got: figure_4(got["whole/INJ1"]), whole["INJ1"]),
             figure("cascade", "Figure 8", "Slices around the forgery in INJ1 and REM1, each above its heatmap. The paper's columns for XceptionNet and ResNet50 need networks that are not shipped.", lambda got: figure_8({r: got[f"whole/{r}"] for r in ("INJ1", "REM1")}), whole["INJ1"], whole["REM1"])]
 
@@ -1148,11 +1169,11 @@ def training_cells(
     from mits_nb.detect.rivals import ROWS, TablesConfig, ablation, table_rows
     sets, config = TrainingSets(bench, preset, **overrides), config or from_preset(TablesConfig, preset)
     settings = plain({"training": asdict(sets.config), "tables": asdict(config), "places": bench.config.slice_places, "slices": bench.config.slices}) | bench.uses("attacker", "attacker:zeros")
-    data = tuple(bench.data_cell(name) for name in sets.names)
-    def train(row):
-        done = ablation(row, *sets.of(row), 0, config, Path(out) / "trainings" / digest(settings))
+    data, more = tuple(bench.data_cell(name) for name in sets.names), lambda row: bench.uses("cyclegan") if row == "CycleGAN" else {}
+    def train(row, got):
+        done = ablation(row, *sets.of(row), 0, config, Path(out) / "trainings" / digest([settings, more(row), got])) # other scans, another folder: a row that is there is never one for other data
         return {k: v for k, v in done.items() if k != "seconds"} # a time is no result
-    made = [Cell(f"train/{row}", lambda _, row=row: train(row), settings | (bench.uses("cyclegan") if row == "CycleGAN" else {}), data, 600.) for row in (rows or ROWS)]
+    made = [Cell(f"train/{row}", lambda got, row=row: train(row, got), settings | more(row), data, 600.) for row in (rows or ROWS)]
     def join(got):
         joined = table_rows([{**v, "seconds": 0.} for k, v in got.items() if k.startswith("train/")], bench.config.resamples)
         return {row: {k: v for k, v in r.items() if k != "seconds"} for row, r in joined.items()}
@@ -1169,7 +1190,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 {% for r in t.lines %}<tr><td>{{ r.name }}</td>{% for c in r.cells %}<td>{{ c.ours }}{% if c.note %}<sup>{{ c.note }}</sup>{% endif %}{% if c.interval %}<br><small>{{ c.interval }}</small>{% endif %}</td><td class="paper">{{ c.paper }}</td>{% endfor %}<td><small>{{ r.n }}</small></td></tr>{% endfor %}</tbody></table></div>
 {% if t.marks %}<ol class="notes">{% for m in t.marks %}<li>{{ m }}</li>{% endfor %}</ol>{% endif %}{% for n in t.notes %}<p class="why">{{ n }}</p>{% endfor %}{% endfor %}
 {% for f in figures %}<h2>{{ f.paper_title }}, {{ f.figure }}</h2><img alt="{{ f.caption }}" src="data:image/png;base64,{{ f.png }}"><p class="why">{{ f.caption }}</p>{% endfor %}
-{% if arena %}<h2>The arena</h2>{% for h in heats %}<h3>{{ h.title }}</h3><div class="scroll"><table class="heat"><thead><tr><th></th>{% for c in h.columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>{% for name, cells in h.rows %}<tr><td>{{ name }}</td>{% for c in cells %}<td style="background:{{ c.colour }}">{{ c.text }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endfor %}
+{% if arena %}<h2>The arena</h2><p>Each cell: {{ arena.cells[0].n }} forged places in {{ arena.cells[0].patients }} patient{{ 's' if arena.cells[0].patients != 1 }}.</p>{% for h in heats %}<h3>{{ h.title }}</h3><div class="scroll"><table class="heat"><thead><tr><th></th>{% for c in h.columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>{% for name, cells in h.rows %}<tr><td>{{ name }}</td>{% for c in cells %}<td style="background:{{ c.colour }}">{{ c.text }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endfor %}
+{% for t in arena_tables %}<h3>{{ t.title }}</h3><div class="scroll"><table><thead><tr>{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>{% for line in t.rows %}<tr>{% for c in line %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endfor %}
 <h3>Findings</h3><ul>{% for f in arena.findings %}<li>{{ f }}</li>{% endfor %}</ul><p class="why">Not in the arena: {{ arena.absent|join('; ') }}.</p>{% endif %}
 <h2>What this was made from</h2><div class="scroll"><table><thead><tr><th>scan</th><th>voxels</th><th>spacing, mm</th><th>fingerprint</th></tr></thead><tbody>{% for name, s in about.scans.items() %}<tr><td>{{ name }}</td><td>{{ s.shape|join(' x ') }}</td><td>{{ s.spacing|join(' x ') }}</td><td><code>{{ s.voxels }}</code></td></tr>{% endfor %}</tbody></table></div>
 <p><small>Weights: {% for k, v in about.weights.items() %}{{ k }} <code>{{ v }}</code>{{ ', ' if not loop.last }}{% endfor %}. Settings: {% for k, v in about.settings.items() %}{{ k }} {{ v }}{{ ', ' if not loop.last }}{% endfor %}.</small></p></body></html>"""
@@ -1257,6 +1279,29 @@ def colour_range(
     if measure == "auc": return .5, 1.
     return (1., 0.) if MEASURES.get(measure, ("", "higher"))[1] == "lower" else (0., 1.)
 
+# %% ../nbs/20_evaluate.ipynb #0cdaa33d
+def gains_view(
+    arena: dict, # Result of `arena_run`
+) -> dict: # title, columns, rows: all text
+    "Change in the share of forgeries that is reported, with its interval: one line an attacker."
+    protections, points = list(dict.fromkeys(g["protection"] for g in arena["gains"])), lambda v: f"{100 * v:+.0f}"
+    of = {(g["attacker"], g["protection"]): g for g in arena["gains"]}
+    said = lambda g: points(g["value"]) + (f" ({points(g['low'])} to {points(g['high'])})" if g["patients"] > 1 else "")
+    rows = [[a, *(said(of[a, p]) if (a, p) in of else "" for p in protections)] for a in dict.fromkeys(g["attacker"] for g in arena["gains"])]
+    return {"title": "Change by protection in the share of forgeries that the cascade reports: points, 95 % interval by patient", "columns": ["attacker", *protections], "rows": rows}
+
+# %% ../nbs/20_evaluate.ipynb #245f3c98
+def alarms_view(
+    arena: dict, # Result of `arena_run`
+) -> dict: # title, columns, rows: all text
+    "Honest scans: slices called tampered, and regions, under each protection."
+    points, rows = lambda v: f"{100 * v:+.1f}", []
+    for a in arena["alarms"]:
+        d = a["difference"]
+        against = "" if a["protection"] == "none" else points(d["value"]) + (f" ({points(d['low'])} to {points(d['high'])})" if a["patients"] > 1 else "")
+        rows.append([a["protection"], f"{100 * a['share']:.1f} %", against, f"{a['slices']} / {a['patients']}", str(a["regions"])])
+    return {"title": "Honest scans: what the cascade calls tampered all the same", "columns": ["protection", "slices called tampered", "against none: points, 95 % interval by patient", "slices / patients", "regions"], "rows": rows}
+
 # %% ../nbs/20_evaluate.ipynb #437bb6d8
 def tables_page(
     content: dict, # As in tables.json
@@ -1273,7 +1318,8 @@ def tables_page(
         text = lambda v: "n/a" if not math.isfinite(v) else f"{v:.1f}" if measure == "lost_db" else f"{v:.2f}"
         heats.append({"title": title, "columns": protections, "rows": [(a, [{"text": text(v), "colour": "#%02x%02x%02x" % heat_colour(v, low, high)} for v in line]) for a, line in zip(attackers, values.tolist())]})
     shown = [t | table_view(t) | {"paper_title": titles[t["paper"]], "id": f"{t['paper']}-{t['table'].lower().replace(' ', '-')}"} for t in content["tables"]]
-    return Environment(autoescape=True).from_string(PAGE).render(style=PAGE_STYLE, about=content["about"], tables=shown, figures=[f | {"paper_title": titles[f["paper"]]} for f in figures], arena=content.get("arena"), heats=heats)
+    return Environment(autoescape=True).from_string(PAGE).render(style=PAGE_STYLE, about=content["about"], tables=shown, figures=[f | {"paper_title": titles[f["paper"]]} for f in figures], arena=content.get("arena"), heats=heats,
+                                                                       arena_tables=[gains_view(content["arena"]), alarms_view(content["arena"])] if content.get("arena") else [])
 
 # %% ../nbs/20_evaluate.ipynb #6ac83c28
 def evaluate(
@@ -1289,6 +1335,7 @@ def evaluate(
     """All tables and figures of both papers, from finished cells where there are any. The same call twice gives the same files.
 
     Raises `DataError`, `WeightsError`, `DetectError`, `OutputError`, `UsageError`; finished cells stay."""
+    from mits_nb.detect.cascade import PAGE_STYLE
     config = from_preset(EvaluateConfig, preset, **overrides)
     bench, train = Bench(config, find_tests(data, config), weights), train or preset == "full"
     scans, store = list(bench.tests), CellStore(out)
@@ -1300,7 +1347,7 @@ def evaluate(
     about = {"data": data, "preset": preset, "scans": seen, "seen_in_training": sorted(known), "settings": plain(asdict(config)), "weights": bench.uses(*bench.weights)}
     figures = [got[k] for k in got if k.startswith("figure/")]
     content = {"format": "mits_nb.tables", "version": 1, "about": about, "tables": [got[k] for k in got if k.startswith("table/")], "figures": [{k: f[k] for k in ("paper", "figure", "caption")} for f in figures], **({"arena": got["arena"]} if arena else {})}
-    page = store.get(Cell("page", lambda _: {"html": tables_page(content, figures)}, {"content": digest(content), "figures": digest(figures), "template": digest(PAGE.encode())}))
+    page = store.get(Cell("page", lambda _: {"html": tables_page(content, figures)}, {"content": digest(content), "figures": digest(figures), "template": digest((PAGE + PAGE_STYLE).encode())}))
     write_json(Path(out) / "tables.json", content)
     with atomic_write(Path(out) / "tables.html") as temporary: temporary.write_text(page["html"], encoding="utf-8")
     return content
@@ -1434,7 +1481,7 @@ def paint_bars(
             y0 = y + 2 + 14 * k
             if value is None: continue
             pen.rectangle((left, y0, max(x(value), left + 1), y0 + 11), fill=colour)
-            if k == 0 and c.get("low") is not None: pen.line((x(c["low"]), y0 + 6, x(c["high"]), y0 + 6), fill=(20, 20, 20), width=2)
+            if k == 0 and c.get("low") is not None and c.get("patients", 2) != 1: pen.line((x(c["low"]), y0 + 6, x(c["high"]), y0 + 6), fill=(20, 20, 20), width=2)
             pen.text((max(x(value), x(c["high"]) if k == 0 and c.get("high") is not None else left) + 5, y0 + 6), f"{value:.3g}", fill=(20, 20, 20), font=font, anchor="lm")
         if c["ours"] is None: pen.text((left + 4, y + 8), "not measured", fill=(120, 120, 120), font=font, anchor="lm")
     return np.asarray(sheet)
@@ -1480,13 +1527,14 @@ class AblationExplorer:
             self.columns.value = names[min(max(names.index(self.column) + int(event["n"]), 0), len(names) - 1)]
 
     def redraw(self) -> None:
-        "Paint the bars; the notes of the table stand below."
+        "Paint the bars; what is to be said of the column, and of the table, stands below."
         if self.column is None: return
         from mits_nb.viewer import png_bytes
         shown, title = paint_bars(self.table, self.column), f"{self.column}: ours (blue), paper (grey)"
         self.screen.frames = [{"png": png_bytes(shown), "sheets": [], "voxel_sheets": 0, "title": title, "alt": title, "width": shown.shape[1], "height": shown.shape[0]}]
-        remarks = list(dict.fromkeys(c["how"] for row in self.table["rows"].values() for c in row.values() if c.get("how")))
-        self.status.value = f'<span role="status">{"; ".join(remarks) or self.table["title"]}</span>'
+        cells = [row[self.column] for row in self.table["rows"].values() if self.column in row]
+        remarks = dict.fromkeys([c[k][0].upper() + c[k][1:] for c in cells for k in ("how", "note") if c.get(k)] + [note.rstrip(".") for note in self.table.get("notes", ())])
+        self.status.value = f'<span role="status">{". ".join(html.escape(r) for r in remarks) or html.escape(self.table["title"])}.</span>'
 
     def still(self) -> bytes: # A PNG file
         "What is shown now, as one picture."

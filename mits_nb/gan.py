@@ -557,7 +557,7 @@ def tensorboard_log(
     "A callback that writes each new row of the history for TensorBoard. Raises `UsageError` where the package is missing."
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UsageError("tensorboard_log needs the package tensorboard: pip install 'mits_nb[tensorboard]', or leave it out, history.json holds the same figures") from error
+        raise UsageError("tensorboard_log needs the package tensorboard: pip install tensorboard, or leave it out, history.json holds the same figures") from error
     writer = None
     def callback(step, task, history):
         nonlocal writer

@@ -415,7 +415,7 @@ async ([number, moves]) => {  // key presses, one after the other: milliseconds 
   return times;
 }
 """
-SCREENS = {"slice viewer": 0, "tamper playground": 1, "alpha sweep": 2, "heatmap inspector": 3}
+SCREENS = {"slice viewer": 0, "tamper playground": 1, "alpha sweep": 2, "heatmap inspector": 3} # the inspector has two; 5 and 6 are the explorers
 
 
 def screen(page, number): return page.locator(".mits-screen").nth(number)
@@ -525,6 +525,27 @@ def test_forge_in_the_chapter_and_inspect_it(chapter, shots):
     assert was.shape != (now := picture(page, SCREENS["heatmap inspector"])).shape or changed(was, now) > 0
 
 
+def test_the_explorers_answer_clicks_and_keys(chapter, shots):
+    "Arena and tables: after the inspector's two screens."
+    page = chapter
+    arena, tables = 5, 6
+    for name, number in (("arena-explorer", arena), ("ablation-explorer", tables)):
+        screen(page, number).scroll_into_view_if_needed()
+        rest(page)
+        cell = screen(page, number).locator("xpath=ancestor::div[contains(@class, 'jp-CodeCell')]")
+        before, words = picture(page, number), cell.locator("[role=status]").last.inner_text()
+        if number == arena:
+            box = screen(page, number).locator("figure > div").first.bounding_box()
+            screen(page, number).locator("figure > div").first.click(position={"x": .6 * box["width"], "y": .6 * box["height"]})
+        else:
+            screen(page, number).focus()
+            page.keyboard.press("ArrowDown")  # the column before the last
+        rest(page)
+        page.screenshot(path=shots / f"lab-{name}.png")
+        assert changed(before, picture(page, number)) > 0, name
+        if number == arena: assert cell.locator("[role=status]").last.inner_text() != words
+
+
 def test_how_quick_the_chapter_is(chapter, shots, capsys):
     "Measured and written down; the limit is generous, because the machine may be busy."
     page, found = chapter, {}
@@ -548,7 +569,7 @@ def test_how_quick_the_chapter_is(chapter, shots, capsys):
 def voila(tmp_path_factory):
     "The chapter served by Voila; gives its address."
     pytest.importorskip("playwright", reason="Playwright is not installed: pip install playwright")
-    pytest.importorskip("voila", reason="Voila is not installed: pip install 'mits_nb[voila]'")
+    pytest.importorskip("voila", reason="Voila is not installed: pip install -e '.[voila]'")
     if find_chromium() is None: pytest.skip("no Chromium found: install it, or name it in the variable CHROMIUM")
     folder, port = tmp_path_factory.mktemp("voila"), free_port()
     playground_copy(folder / "playground.ipynb")

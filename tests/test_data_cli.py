@@ -107,7 +107,7 @@ def test_fetch_offline(cache, monkeypatch, capsys):
 def test_lidc_without_its_package(cache, monkeypatch, capsys):
     import sys
     monkeypatch.setitem(sys.modules, "idc_index", None)
-    fails(["fetch", "lidc-idri", "LIDC-IDRI-0001"], capsys, "pip install 'mits_nb[idc]'")
+    fails(["fetch", "lidc-idri", "LIDC-IDRI-0001"], capsys, "pip install idc-index")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"name": "a"}', '{"name": "a", "access": {"kind": "magic", "how": "nobody knows how"}}', '{"name": "a", "access": {"kind": "direct", "how": "somehow, some day"}, "layout": 3}',

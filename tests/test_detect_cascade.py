@@ -90,6 +90,18 @@ def test_second_stage_learns_and_is_calibrated():
     assert ((p > .5) == truth).all()
 
 
+def test_tiny_decisions_are_calibrated_too(monkeypatch):
+    "A machine with a small C decides within 1e-4 of its threshold: probabilities must still tell the classes apart."
+    from mits_nb.detect import cascade
+    real, config = cascade.new_svm, from_preset(CascadeConfig, "tiny", components=6)
+    monkeypatch.setattr(cascade, "new_svm", lambda components, c, gamma, seed=0: real(components, 1e-5, 1e-2, seed))
+    maps, truth, scan = slices()
+    svm, (a, b), _ = train_svm(slice_features(maps, config), truth, scan, config, show_progress=False)
+    decision = svm.decision_function(slice_features(maps, config))
+    p = 1 / (1 + np.exp(-(a * decision + b)))
+    assert np.ptp(decision) < 1e-2 and p[truth].mean() - p[~truth].mean() > .3
+
+
 def test_one_class_is_an_error():
     config = from_preset(CascadeConfig, "tiny", components=4)
     for truth in (np.zeros(20, bool), np.ones(20, bool)):

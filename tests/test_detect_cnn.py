@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mits_nb.core import DetectError, TrainError, UsageError, WeightsError, torch_rng
-from mits_nb.detect.cnn import (CLEAN, FORGED, PAIRED, RIM, ChannelAttention, Detector, DetectorConfig, PatchSet, cut_patch, dense_targets, draw_batch,
+from mits_nb.detect.cnn import (CLEAN, FORGED, HARD, PAIRED, RIM, ChannelAttention, Detector, DetectorConfig, PatchSet, cut_patch, dense_targets, draw_batch,
                                 folded, doubled, local_pool, max_pool_same, random_view, standardise, train_detector)
 
 
@@ -136,6 +136,16 @@ def test_batches_are_balanced_and_repeatable():
     assert all(torch.equal(a[k], b[k]) for k in a) and a["windows"].shape == (200, 1, 32, 32) and a["crops"].shape == (10, 1, 64, 64)
     assert .4 < a["label"].float().mean() < .6
     assert torch.equal(a["crops"][:, :, 16:48, 16:48], a["windows"][:10])
+
+
+@pytest.mark.parametrize("lesson, shares", [(1, {CLEAN: 3 / 18, PAIRED: 4 / 18, RIM: 2 / 18, FORGED: .5, HARD: 0}), (2, {CLEAN: 3 / 26, PAIRED: 4 / 26, RIM: 2 / 26, FORGED: .5, HARD: 4 / 26})])
+def test_kinds_have_their_shares_however_many_there_are(lesson, shares):
+    kind = np.repeat(np.array([CLEAN, PAIRED, RIM, FORGED] + [HARD] * (lesson > 1), np.uint8), [40, 3, 7, 5] + [20] * (lesson > 1))
+    hu = np.broadcast_to(kind.astype(np.int16)[:, None, None], (len(kind), 68, 68))  # each patch says of what kind it is
+    batch = draw_batch(PatchSet(hu, kind), DetectorConfig(batch=4000, dense_batch=1), torch_rng(5, "shares"))
+    drawn = batch["windows"][:, 0, 0, 0]
+    for k, share in shares.items(): assert abs(float((drawn == k).float().mean()) - share) < .035  # more than four standard errors
+    assert torch.equal(batch["label"] == 1, drawn == FORGED)
 
 
 def test_views_are_the_25_shifts_and_8_symmetries():

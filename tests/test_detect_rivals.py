@@ -218,7 +218,7 @@ def test_published_tables_agree_with_themselves():
     assert wrong == {("MAL", "XceptionNet"), ("MAL", "ResNet50"), ("REM2", "XceptionNet")}
 
 
-def test_an_ablation_is_stored_and_read_again(patches, tmp_path, monkeypatch):
+def test_an_ablation_is_stored_and_read_again(patches, tmp_path, monkeypatch, caplog):
     global_slices, test = make_slices(8, 1), make_slices(4, 2)
     run = lambda **changes: ablation("Ours", patches, global_slices, test, config=replace(SMALL, **changes), out=tmp_path, show_progress=False)
     first = run()
@@ -228,6 +228,10 @@ def test_an_ablation_is_stored_and_read_again(patches, tmp_path, monkeypatch):
     monkeypatch.setattr("mits_nb.detect.rivals.train_detector", lambda *a, **k: pytest.fail("trained again"))
     assert run() == first
     with pytest.raises(TrainError, match="other data or settings"): run(step=2)
+    (tmp_path / "ours-0.json").write_text('{"row": "Ours", "sco')  # a disk that was full
+    with caplog.at_level("WARNING", "mits_nb"): again = run()
+    assert "computing this row again" in caplog.text and again["settings"] == first["settings"] and np.allclose(again["probability"], first["probability"], atol=1e-3)
+    assert run() == again and len(sorted((tmp_path / "networks").iterdir())) == 1  # written down once more, from the network that is there
     # the heatmap without co-occurrence shares the first stage
     plain = ablation("Ours-GLCM", patches, global_slices, test, config=SMALL, out=tmp_path, show_progress=False)
     assert plain["row"] == "Ours-GLCM" and len(sorted((tmp_path / "networks").iterdir())) == 1

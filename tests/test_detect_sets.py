@@ -130,17 +130,25 @@ def test_patients_and_parts():
     assert abs(len(many["local_train"]) / 400 - 27_400 / 35_400) < .06 and sum(map(len, many.values())) == 400
 
 
-def test_a_scan_without_lung_is_left_out_and_said_so(scans, tmp_path):
-    folder = tmp_path / "scans"
+def without_lung(scans, folder, name):
     shutil.copytree(scans, folder)
-    scan = read_scan(folder / "scan-3.mha")
-    write_scan(scan.with_hu(np.full_like(scan.hu, 40)), folder / "scan-3.mha")
-    (folder / "scan-9.mha").write_text("no scan")
-    try: told = forge_set("all", tmp_path / "set", folder, attackers=[Forger()], **SMALL)
-    except DataError as error: assert "could be used" in str(error)  # where it was alone in its part
-    else: assert any("lung" in why for why in told["skipped"].values()) and "scan-3" not in {e["scan"] for e in told["files"].values()}
-    told = read_json(tmp_path / "set" / "sets.json")
-    assert len(told["skipped"]) >= 2
+    scan = read_scan(folder / f"{name}.mha")
+    write_scan(scan.with_hu(np.full_like(scan.hu, 40)), folder / f"{name}.mha")
+    return folder
+
+
+def test_a_scan_without_lung_is_left_out_and_said_so(scans, tmp_path):
+    told = forge_set("all", tmp_path / "set", without_lung(scans, tmp_path / "scans", "LIDC-IDRI-0100-1"), attackers=[Forger()], **SMALL)  # its patient has another scan in the same part
+    assert told["complete"] and told["skipped"] and all("no lung" in why and "LIDC-IDRI-0100-1" in file for file, why in told["skipped"].items())
+    assert {e["scan"] for e in told["files"].values()} >= {"LIDC-IDRI-0100-0"} and "LIDC-IDRI-0100-1" not in {e["scan"] for e in told["files"].values()}
+
+
+def test_a_part_without_any_usable_scan_is_an_error(scans, tmp_path):
+    folder = without_lung(scans, tmp_path / "scans", "scan-3")
+    (folder / "scan-9.mha").write_text("no scan")  # alone in the part validation; names alone decide who goes where
+    with pytest.raises(DataError, match="part validation could be used"): forge_set("all", tmp_path / "set", folder, attackers=[Forger()], **SMALL)
+    skipped = read_json(tmp_path / "set" / "sets.json")["skipped"]
+    assert {file.split("/")[1].rsplit("-", 1)[0] for file in skipped} == {"scan-3", "scan-9"} and any("no lung" in why for why in skipped.values())
 
 
 @pytest.mark.parametrize("action", ["inject", "remove"])

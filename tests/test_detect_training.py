@@ -9,7 +9,7 @@ from mits_nb.core import TrainError, UsageError, from_preset
 from mits_nb.detect.cascade import Cascade, slice_truth
 from mits_nb.detect.cnn import FORGED, PAIRED
 from mits_nb.detect.training import (CONTROLS, Source, TrainingConfig, build_patches, disguised, far_apart, forge_round, forged_pair, forged_slices, honest_twin, lung_candidates, painted,
-                                      passed_on, pasted_back, patches_of, perturbed_scan, place_scores, rescanned, score_at)
+                                      passed_on, pasted_back, patches_of, perturbed_scan, place_scores, rescanned, score_at, summary, train_cascade)
 from mits_nb.scan import Scan
 
 
@@ -169,6 +169,20 @@ def test_slices_are_judged_alone_and_with_their_neighbours(source):
     assert all(r["alone"] > .8 and r["p"] > .8 for r in forged) and all(r["alone"] < .1 and r["p"] < .1 for r in rows if not r["tampered"])
     assert judge.asked < len(source.scan.hu) + 4 * 13 # the honest scan once, and of each forged copy the slices around the place
     assert rows == place_scores(Judge(), source, [Forger()], 4, slices=3)
+
+
+def test_a_summary_counts_every_way_and_adds_scans_up():
+    def scan(p, tp, fp, fn, called): return {"scan": p, "regions": {"tp": tp, "fp": fp, "fn": fn}, "alarms": {"untouched": [called, 10, fp]}}
+    paired = [{"alone": a, "p": p, "tampered": t} for a, p, t in ((.9, .8, True), (.2, .7, True), (.6, .3, False), (.1, .1, False))]
+    found = summary([scan([(.9, True), (.1, False)], 1, 0, 0, 2), scan([(.2, True), (.6, False)], 0, 1, 1, 3)], paired)
+    assert found["paired"] == {"accuracy": 1., "precision": 1., "recall": 1., "f1": 1., "auc": 1., "slices": 4}
+    assert found["alone"] == {"accuracy": .5, "precision": .5, "recall": .5, "f1": .5, "auc": .75, "slices": 4}
+    assert found["scan"] == {"accuracy": .5, "precision": .5, "recall": .5, "f1": .5, "auc": .75, "slices": 4}
+    assert found["regions"] == {"tp": 1, "fp": 1, "fn": 1} and found["alarms"] == {"untouched": {"slices_called": 5, "slices": 20, "regions": 1}}
+
+
+def test_no_forger_does_not_mean_the_shipped_ones(tmp_path):
+    with pytest.raises(UsageError, match="no forger to learn from"): train_cascade("tiny", tmp_path / "c", attackers=[], protectors=[], data=())
 
 
 def test_score_and_mask_of_regions():

@@ -75,7 +75,7 @@ def test_a_damaged_cell_is_computed_again_and_said_so(tmp_path, caplog, damage):
 def test_a_store_of_another_version_is_refused(tmp_path):
     ev.CellStore(tmp_path)
     write_json(tmp_path / "cells" / "store.json", ev.STORE | {"version": 99})
-    with pytest.raises(DataError, match="version 99.*keeps version 1.*--out"): ev.CellStore(tmp_path)
+    with pytest.raises(DataError, match="version 99.*keeps version 2.*--out"): ev.CellStore(tmp_path)
     write_json(tmp_path / "cells" / "store.json", [])
     with pytest.raises(DataError, match="unknown"): ev.CellStore(tmp_path)
     (tmp_path / "other" / "cells").mkdir(parents=True)
@@ -154,6 +154,29 @@ def test_find_tests_phantoms_and_folders(tmp_path, monkeypatch, phantom):
     os.utime(tmp_path / "a.mha", (1, 1))
     assert ev.find_tests(str(tmp_path), config)[0].origin != found[0].origin
     assert [t.name for t in ev.find_tests(str(tmp_path / "b.mha"), config)] == ["b"]
+
+
+def test_two_scans_of_one_name_stay_two_and_dicom_needs_no_suffix(tmp_path, phantom, monkeypatch):
+    from mits_nb.scan import write_scan
+    for patient in "ab":
+        (tmp_path / patient).mkdir()
+        write_scan(phantom[0], tmp_path / patient / "ct.mha")
+        (tmp_path / patient / "ct_nodules.nii.gz").write_bytes(b"a mask")
+        (tmp_path / patient / "notes").write_text("no DICOM")
+    write_scan(phantom[0], tmp_path / "series")
+    for file in (tmp_path / "series").iterdir(): file.rename(file.with_suffix(""))
+    assert [t.name for t in ev.find_tests(str(tmp_path))] == ["a-ct", "b-ct", "series"]
+
+
+def test_the_voxels_beside_a_header_count_for_the_origin(tmp_path, phantom):
+    from mits_nb.scan import write_scan
+    write_scan(phantom[0], tmp_path / "one.mha")
+    (tmp_path / "two.mhd").write_text("ElementDataFile = two.raw")
+    (tmp_path / "two.raw").write_bytes(b"1")
+    before = {t.name: t.origin for t in ev.find_tests(str(tmp_path))}
+    (tmp_path / "two.raw").write_bytes(b"22")
+    after = {t.name: t.origin for t in ev.find_tests(str(tmp_path))}
+    assert before["one"] == after["one"] and before["two"] != after["two"]
 
 
 @pytest.mark.parametrize("data,words", [("lunar16", "unknown data set 'lunar16'.*luna16"), ("/nowhere/at/all", "unknown data set")])
@@ -263,7 +286,27 @@ def test_arena_figures_by_hand():
     alarms = {a["protection"]: a for a in answer["alarms"]}
     assert alarms["MITS-GAN"]["share"] == .15 and alarms["MITS-GAN"]["difference"]["value"] == .1 and alarms["MITS-GAN"]["regions"] == 2
     said = " ".join(ev.findings(list(cells.values()), answer))
-    assert "+50 points" in said and "more than 2 points under MITS-GAN (+10.0)" in said and "33% with blur first" in said
+    assert "+50 points" in said and "more than 2 points under MITS-GAN (+10.0, 95 %: +10.0 to +10.0)" in said and "33% with blur first" in said
+
+
+def test_findings_name_every_worst_case_and_every_clear_pair():
+    got = arena()
+    cells, answer = ev.arena_cells(got, 50), ev.headline(got, 50)
+    for c in cells: c["detectors"]["cascade"]["pd"] = 0. if c["attacker"] == "blur first" or c["protection"] == "none" else 1.
+    for g in answer["gains"]: g |= {"low": -.6, "high": -.2}
+    said = " ".join(ev.findings(cells, answer))
+    assert "finds least (0%): plain (protection: none); blur first (under every protection)." in said
+    assert "Of the 1 other pairs" in said and "MITS-GAN against blur first (-50 points, -60 points to -20 points)" in said
+    assert "AUC on unprotected scans lies below" not in said  # 0.5 and above here
+    for c in cells: c["detectors"]["noise ratio"]["auc"] = .3
+    assert "lies below one half for plain, blur first:" in " ".join(ev.findings(cells, answer))
+
+
+def test_views_of_gains_and_alarms():
+    answer = ev.headline(arena(), 50)
+    gains, alarms = ev.gains_view(answer), ev.alarms_view(answer)
+    assert gains["columns"] == ["attacker", "MITS-GAN"] and [r[0] for r in gains["rows"]] == ["plain", "blur first"] and gains["rows"][0][1].startswith("+50 (+")
+    assert alarms["rows"][0][:3] == ["none", "5.0 %", ""] and alarms["rows"][1][1] == "15.0 %" and alarms["rows"][1][3:] == ["40 / 2", "2"]
 
 
 def test_the_threshold_comes_from_plain_honest_scans():
@@ -283,6 +326,19 @@ def test_a_folder_without_detectors(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     assert [p.name for p in ev.detector_folders(tmp_path)] == ["dct-1"]
+
+
+def test_the_stored_arena_can_get_new_tables_and_sentences(tmp_path, monkeypatch):
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("arena_script", Path(__file__).parents[1] / "benchmarks" / "arena.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    write_json(tmp_path / "stored" / "phantom.json", {"about": {"data": "phantom"}, "arena": result() | {"findings": ["old"]}, "tables": []})
+    write_json(tmp_path / "tables" / "tables.json", {"tables": [{"table": "new"}], "about": {"scans": {"a": 1}}})
+    monkeypatch.setattr(sys, "argv", ["arena.py", "--keep", "--tables", str(tmp_path / "tables"), "--store", str(tmp_path / "stored")])
+    script.main()
+    stored = json.loads((tmp_path / "stored" / "phantom.json").read_text())
+    assert stored["tables"] == [{"table": "new"}] and stored["tables_about"] == {"scans": {"a": 1}} and stored["about"] == {"data": "phantom"} and "old" not in stored["arena"]["findings"]
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +381,54 @@ def test_only_changed_slices_are_asked_again_and_the_answer_is_the_same():
     at = (6, 48, 48)
     assert judge.look(after, [at], again) == judge.look(after, [at]) and judge.look(after, [at])[0][0] > .9 and judge.look(before, [at])[0] == [0.]
     assert ev.Judge("noise ratio").again(after, before, None) is None
+
+
+@pytest.fixture(scope="module")
+def small_bench():
+    config = from_preset(ev.EvaluateConfig, "tiny", seeds=(12,), shape=(14, 176, 176), spacing=(2.5, 1.9, 1.9), arena_places=1, honest_places=3, pgd_steps=1)
+    return ev.Bench(config, ev.phantom_tests((12,), config))
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in ev.ATTACKERS.values()}))
+def test_every_forger_of_the_arena_forges(small_bench, kind):
+    scan = small_bench.source("phantom-12").scan
+    action, at = ev.forged_places(small_bench, "phantom-12", 1)[0]
+    out = ev.forger_of(small_bench, "phantom-12", kind).tamper(scan, at, action, seed=0)
+    changed = np.argwhere(out.hu != scan.hu)
+    assert len(changed) > 50 and (np.abs((changed - at) * scan.spacing).max(0) <= 24).all() and out.history[-1]["kind"] == "forged"
+
+
+@pytest.mark.parametrize("protection", ev.PROTECTIONS)
+def test_every_protection_of_the_arena_and_what_is_seen_under_it(small_bench, protection):
+    judges = [ev.Judge("cascade", small_bench.model("cascade").heatmap, 7.5), ev.Judge("noise ratio")]
+    scan, twin = small_bench.source("phantom-12").scan, ev.protected_by(small_bench, "phantom-12", protection)
+    assert (twin.hu == scan.hu).all() == (protection == "none")
+    honest = ev.honest_round(small_bench, judges, "phantom-12", protection)
+    assert honest["slices"] == len(scan.hu) and {len(s) for s in honest["scores"].values()} <= {1, 3}
+    (row,) = ev.arena_round(small_bench, judges, "phantom-12", "blur first", protection)["rows"]
+    assert set(row["scores"]) == {"cascade", "noise ratio"} and 0 <= row["f1"] <= 1 and (row["lost_db"] == 0) == (protection == "none")
+
+
+def test_trainings_for_other_scans_go_to_another_folder(tmp_path, monkeypatch):
+    from mits_nb.detect import rivals
+    folders = []
+    monkeypatch.setattr(rivals, "ablation", lambda row, *sets, **_: folders.append((row, sets[-1])) or {"row": row})
+    monkeypatch.setattr(ev.TrainingSets, "of", lambda self, row: (None, None, None))
+    for seed, rows in ((12, ("Ours", "CycleGAN")), (13, ("Ours",)), (12, ("Ours",))):
+        config = from_preset(ev.EvaluateConfig, "tiny", seeds=(seed,), shape=(8, 96, 96), spacing=(2.5, 1.9, 1.9))
+        bench = ev.Bench(config, ev.phantom_tests((seed,), config))
+        for cell in ev.training_cells(bench, tmp_path, rows=rows)[:-1]: cell.run({f"data/phantom-{seed}": {"voxels": str(seed)}})
+    assert [row for row, _ in folders] == ["Ours", "CycleGAN", "Ours", "Ours"] and folders[0][1] == folders[3][1] and len({f for _, f in folders}) == 3
+
+
+def test_a_corrected_published_figure_is_another_cell(monkeypatch):
+    config = from_preset(ev.EvaluateConfig, "tiny")
+    def settings(): return {c.name: c.settings for c in ev.table_cells(ev.Bench(config, ev.find_tests("phantom", config)))}
+    before = settings()
+    real = ev.published
+    monkeypatch.setattr(ev, "published", lambda paper, table: {k: dict.fromkeys(v, 7) for k, v in real(paper, table).items()} if table == "Table 1" else real(paper, table))
+    after = settings()
+    assert {name for name in before if before[name] != after[name]} == {"table/mits-gan/Table 1", "table/cascade/Table 1"}
 
 
 # ---------------------------------------------------------------- explorers

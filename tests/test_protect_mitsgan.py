@@ -12,7 +12,7 @@ from mits_nb.attack.tamper import Tampering
 from mits_nb.core import ScanError, TrainError, UsageError, WeightsError, pick_compute, torch_rng
 from mits_nb.gan import checkpoints, read_checkpoint
 from mits_nb.protect.mitsgan import (MitsGAN, MitsganConfig, NoiseNet, Pattern, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, check_hu, cuboid_crop,
-                                     evaluate_protection, finish_slices, folded, is_protected, local_mean, lung_doubts, lung_weight, middle_box, round_through, search_wave,
+                                     evaluate_protection, finish_slices, folded, is_protected, local_mean, lung_doubts, lung_weight, middle_box, often, round_through, search_wave,
                                      summarise_protection, train_mitsgan, with_masks)
 
 
@@ -186,7 +186,8 @@ def test_protect_takes_slices_of_any_size(variant, size, phantom):
 def test_constant_scans(variant, value, phantom):
     flat = np.full((2, 40, 40), value, np.int16)
     out = MitsGAN(trained(variant)).protect(replace(phantom[0], hu=flat))
-    if variant != "ours" or value == -2048: assert np.array_equal(out.hu, flat)  # no range to scale by; padding
+    assert is_protected(out) == (not np.array_equal(out.hu, flat)), "where nothing was changed nothing is claimed"
+    if variant != "ours" or value == -2048: assert np.array_equal(out.hu, flat) and not out.history  # no range to scale by; padding
     else: assert np.abs(out.hu.astype(int) - value).max() <= 88 and (value == -1024 or (out.hu != value).any())
 
 
@@ -280,6 +281,7 @@ def test_an_update_moves_both_networks_and_never_the_attacker(phantom):
     losses = task.update(PlaceBatches([phantom[0]], config)(0, torch_rng(0)), lambda loss: loss.backward())
     for name, net in task.networks.items(): assert any(not torch.equal(a, b) for a, b in zip(before[name], net.parameters())), name
     for name, net in task.frozen.items(): assert all(torch.equal(a, b) for a, b in zip(before[name], net.parameters())), name
+    assert {id(net) for net in task.frozen.values()} == {id(attacker.injector), id(attacker.remover), id(attacker.equalizer)}, "all of the attacker follows the training to its device"
     assert all(torch.isfinite(torch.as_tensor(v)) for v in losses.values())
 
 
@@ -322,6 +324,14 @@ def test_search_keeps_the_wave_that_damages_most(phantom):
     wave = task.networks["protector"].pattern.wave
     assert wave.norm().item() == pytest.approx(1 / rows[0]["period_mm"], rel=1e-5) and np.degrees(np.arctan2(*wave.tolist())) == pytest.approx(rows[0]["degrees"], abs=1e-3)
     with pytest.raises(UsageError, match="at least one"): search_wave(ProtectTask(task.networks["protector"], task.networks["discriminator"], ToyAttacker(), MitsganConfig(**{**SHORT, "search": (0, 1, 1)})), None)
+
+
+def test_a_search_that_meets_nan_stops_and_names_the_wave(phantom):
+    class Broken(ToyAttacker):
+        def tamper_tensor(self, hu, *args, **kwargs): return super().tamper_tensor(hu, *args, **kwargs) * float("nan")
+
+    task = ProtectTask(Protector(8, blocks=1), ProtectorDiscriminator(4, "ours"), Broken(), MitsganConfig(**{**SHORT, "search": (2, 2, 1)}))
+    with pytest.raises(TrainError, match=r"wave of 2\.7 mm at 0 degrees is not finite"): search_wave(task, PlaceBatches([phantom[0]], task.config))
 
 
 def test_the_wave_keeps_its_length_in_mm_and_is_never_finer_than_the_pixels():
@@ -405,6 +415,12 @@ def test_training_stops_at_nan_and_keeps_the_last_good_checkpoint(phantom, tmp_p
     assert state["step"] == 3 and all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
     train_mitsgan("tiny", tmp_path / "w", ToyAttacker(), data=[phantom[0]], checkpoint_every=1, **settings)  # goes on from there
     assert len(MitsGAN.from_pretrained(tmp_path / "w").history) and not (tmp_path / "w-training").exists()
+
+
+def test_checkpoints_by_default_come_often_enough_for_every_preset(phantom, tmp_path):
+    assert often(1) == 1 and often(300) == 37 and often(400) == 50 and often(40_000) == 500
+    with pytest.raises(TrainError, match="nan after step 4"): train_mitsgan("tiny", tmp_path / "w", Faint(), data=[phantom[0]], **{**SHORT, "steps": 6})
+    assert read_checkpoint(checkpoints(tmp_path / "w-training")[-1])[1]["step"] == 3
 
 
 def test_training_without_scans_or_with_unknown_settings_says_so():

@@ -8,7 +8,8 @@ import torch
 
 from conftest import ToyAttacker
 from mits_nb.attack.nets import n_trainable
-from mits_nb.core import MitsError, PlaceError, TrainError, UsageError, WeightsError, torch_rng
+from mits_nb.core import MitsError, PlaceError, ScanError, TrainError, UsageError, WeightsError, torch_rng
+from mits_nb.gan import checkpoints
 from mits_nb.metrics import rmse
 from mits_nb.protect.mitsgan import MitsganConfig, PlaceBatches, cuboid_crop, evaluate_protection, is_protected
 from mits_nb.protect.rivals import (GaussianNoise, Nothing, Pgd, Tafim, TafimConfig, TafimNet, TafimTask, TafimUnet, ascend, erased_box,
@@ -104,9 +105,12 @@ def test_the_global_perturbation_repeats_and_its_phase_shifts_it(net):
 
 
 def test_every_phase_of_a_large_tile_can_be_drawn():
-    net = TafimNet(2, 2, 256, 10.0)
-    shifts = {tuple(divmod(int(i), 256)) for i in ((torch.arange(256 ** 2) + 0.5) / 256 ** 2).double() * 256 ** 2}
-    assert len(shifts) == 256 ** 2 and net.tile((2, 2), torch.tensor([0.5])).shape == (1, 1, 2, 2)
+    n = 256
+    net, numbers = TafimNet(2, 2, n, 10.0), torch.arange(n * n, dtype=torch.float32)
+    with torch.no_grad(): net.everywhere.copy_(numbers.view(n, n))  # every pixel says where it comes from
+    for offset in (0.0, 0.5):  # exactly on a step, and between two
+        corners = net.tile((1, 1), (numbers + offset) / n ** 2).flatten()
+        assert torch.equal(corners, numbers), "each shift of the tile belongs to one phase"
 
 
 def test_bad_settings_of_the_net_are_named():
@@ -174,6 +178,18 @@ def test_training_writes_weights_that_load_and_repeats_itself(phantom, tmp_path)
     assert np.array_equal(loaded.protect(phantom[0]).hu, first.protect(phantom[0]).hu)
 
 
+def test_a_training_that_ends_in_nan_leaves_a_good_checkpoint(phantom, tmp_path):
+    class Faint(ToyAttacker):
+        calls = 0
+
+        def tamper_tensor(self, hu, *args, **kwargs):
+            self.calls += 1
+            return super().tamper_tensor(hu, *args, **kwargs) * (float("nan") if self.calls > 12 else 1)
+
+    with pytest.raises(TrainError): train_tafim("tiny", tmp_path / "w", Faint(), data=[phantom[0]], **{**TINY, "steps": 6})
+    assert checkpoints(tmp_path / "w-training") and not (tmp_path / "w").exists()
+
+
 def test_training_without_scans_or_with_unknown_settings_says_so():
     with pytest.raises(TrainError, match="no scans"): train_tafim("tiny", None, ToyAttacker(), data=[])
     with pytest.raises(UsageError, match="tinny"): train_tafim("tinny", None, ToyAttacker(), data=[])
@@ -239,13 +255,21 @@ def test_padding_stays_and_scans_of_odd_size_and_fractions_work(net, phantom):
 
 def test_scans_that_are_no_lung_ct_have_defined_answers(net, phantom):
     scan = phantom[0]
-    for value in (-1000, 0, 3071):
-        flat = replace(scan, hu=np.full((14, 40, 40), value, np.int16))
-        for p in (Tafim(net), GaussianNoise(15.0), Pgd(ToyAttacker(), (7, 20, 20), 12.0, steps=2)):
-            out = p.protect(flat).hu
-            assert out.dtype == np.int16 and out.min() >= -1024 and out.max() <= 3071 and np.abs(out.astype(int) - value).max() < 100, (p.name, value)
-    empty = replace(scan, hu=np.full((14, 40, 40), -2048, np.int16))
-    for p in (Tafim(net), GaussianNoise(15.0)): assert np.array_equal(p.protect(empty).hu, empty.hu), "nothing but padding: nothing to do"
+    some = (Tafim(net), GaussianNoise(15.0), Pgd(ToyAttacker(), (7, 20, 20), 12.0, steps=2))
+    for p in some:
+        out = p.protect(replace(scan, hu=np.full((14, 40, 40), -1000, np.int16))).hu
+        assert out.dtype == np.int16 and out.min() >= -1024 and out.max() <= 3071 and np.abs(out.astype(int) + 1000).max() < 100, p.name
+    for hu in (np.full((14, 40, 40), 0), np.full((14, 40, 40), 3071), (scan.hu[:14, :40, :40] + 1350).clip(0, 255)):  # no air: a picture or another modality
+        for p in some:
+            with pytest.raises(ScanError, match="none below -200 HU"): p.protect(replace(scan, hu=hu.astype(np.int16)))
+
+
+def test_what_was_not_changed_is_not_called_protected(net, phantom, caplog):
+    empty = replace(phantom[0], hu=np.full((14, 40, 40), -2048, np.int16))
+    for p in (Tafim(net), GaussianNoise(15.0)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "mits_nb"): out = p.protect(empty)
+        assert np.array_equal(out.hu, empty.hu) and not is_protected(out) and "not protected" in caplog.text, "nothing but padding: nothing to do, nothing to claim"
 
 
 def test_voxels_that_are_not_finite_are_a_mits_error(net, phantom):
@@ -269,8 +293,8 @@ def test_tafim_is_bounded_by_its_reach_and_reaches_every_slice(net, phantom):
 # The floor
 
 def test_noise_has_the_strength_that_it_was_given(phantom):
-    scan = replace(phantom[0], hu=np.full((4, 64, 64), 40, np.int16))
-    change = GaussianNoise(8.0).protect(scan).hu.astype(float) - 40
+    scan = replace(phantom[0], hu=np.full((4, 64, 64), -850, np.int16))
+    change = GaussianNoise(8.0).protect(scan).hu.astype(float) + 850
     assert abs(change.std() - (64 + 1 / 12) ** 0.5) < 0.2 and abs(change.mean()) < 0.2
     a, b = (GaussianNoise(8.0).protect(replace(scan, hu=scan.hu[:n])).hu for n in (2, 4))
     assert np.array_equal(a, b[:2]) and not np.array_equal(b[0], b[1]), "slice k has its own noise, whatever follows"

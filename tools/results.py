@@ -217,7 +217,9 @@ def published(content: dict | None) -> str | None:
         return None
     from mits_nb.evaluate import table_view
 
-    parts = [stale(content["about"]["weights"]) + f"Measured on: {', '.join(content['about']['scans'])}."]
+    about = content.get("tables_about") or content["about"]
+    seen = f" The detector has learnt from {', '.join(about['seen_in_training'])}: its figures there flatter it." if about.get("seen_in_training") else ""
+    parts = [stale(about["weights"]) + f"Measured on: {', '.join(about['scans'])}.{seen}"]
     for t in content["tables"]:
         view = table_view(t)
         heads = ["", *(word for c in view["columns"] for word in (c, "paper")), "n"]
@@ -234,12 +236,15 @@ def arena(content: dict | None) -> str | None:
     "Attackers against protections, as the detector sees them."
     if content is None or "arena" not in content:
         return None
-    from mits_nb.evaluate import MEASURES, arena_matrix
+    from mits_nb.evaluate import MEASURES, alarms_view, arena_matrix, gains_view
 
-    parts = []
+    first = content["arena"]["cells"][0]
+    parts = [stale(content["about"]["weights"]) + f"**The arena.** Measured on: {', '.join(content['about']['scans'])}; {first['n']} forged places in {first['patients']} patients for each figure."]
     for measure in ("pd", "called", "lost_db", "lesion_gone"):
         attackers, protections, values = arena_matrix(content["arena"], measure)
-        parts.append(f"**{MEASURES[measure][0].capitalize()}.**\n\n" + table(["attacker", *protections], [[a, *(float(v) for v in line)] for a, line in zip(attackers, values)]))
+        title = MEASURES[measure][0]
+        parts.append(f"**{title[0].upper()}{title[1:]}.**\n\n" + table(["attacker", *protections], [[a, *(float(v) for v in line)] for a, line in zip(attackers, values)]))
+    parts += [f"**{view['title']}.**\n\n" + table(view["columns"], view["rows"]) for view in (gains_view(content["arena"]), alarms_view(content["arena"]))]
     return "\n\n".join([*parts, *(f"- {finding}" for finding in content["arena"].get("findings", ()))])
 
 

@@ -111,7 +111,7 @@ def new_svm(
     gamma: float, # 1 / reach of a support vector, squared
     seed: int = 0, # Of the randomised PCA
 ):
-    "PCA, whitened, then an RBF support vector machine with balanced classes (published program)."
+    "PCA, whitened, then an RBF support vector machine with balanced classes: the parts of the published program; C and gamma come from a search of our own."
     from sklearn.decomposition import PCA
     from sklearn.pipeline import Pipeline
     from sklearn.svm import SVC
@@ -132,7 +132,7 @@ def fewer_components(
 def train_svm(
     features: np.ndarray, # float32 (n, features)
     tampered: np.ndarray, # bool (n,)
-    scan: np.ndarray, # int (n,): cross-validation never splits a scan
+    scan: np.ndarray, # int (n,): cross-validation never splits a scan, but for a lone one, which it splits by slices
     config: CascadeConfig, # Components
     seed: int = 0, # Of PCA
     show_progress: bool = True, # A bar when it takes longer than two seconds
@@ -163,8 +163,9 @@ def train_svm(
             score = balanced_accuracy_score(tampered, decision > 0)
             if score > best[0]: best = (score, c, gamma, decision)
     score, c, gamma, decision = best
-    sigmoid = LogisticRegression(class_weight="balanced").fit(decision[:, None], tampered)
-    a, b = float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0])
+    scale = float(decision.std()) or 1. # a small C makes decisions of 1e-5; the sigmoid's own penalty on its slope must not turn them all into one half
+    sigmoid = LogisticRegression(class_weight="balanced").fit(decision[:, None] / scale, tampered)
+    a, b = float(sigmoid.coef_[0, 0]) / scale, float(sigmoid.intercept_[0])
     return new_svm(components, c, gamma, seed).fit(features, tampered), (a, b), {"c": c, "gamma": gamma, "components": components, "balanced_accuracy": float(score)}
 
 # %% ../../nbs/17_detect.cascade.ipynb #0cbffb48

@@ -300,8 +300,9 @@ class PatchSet:
 
     @staticmethod
     def joined(
-        parts: list["PatchSet"], # Any number of sets
-    ) -> "PatchSet":
+        parts: list["PatchSet"], # At least one
+    ) -> "PatchSet": # All patches, in the order of the sets
+        "Several sets as one."
         return PatchSet(np.concatenate([p.hu for p in parts]), np.concatenate([p.kind for p in parts]))
 
 # %% ../../nbs/15_detect.cnn.ipynb #019c23dc
@@ -371,7 +372,7 @@ def draw_batch(
     config: DetectorConfig, # Sizes
     generator: torch.Generator, # Random numbers
 ) -> dict[str, Tensor]: # windows (B, 1, 32, 32), label (B,), crops (D, 1, 64, 64), target (D, 9, 9), weight (D, 9, 9)
-    "One training batch: half forged; of the other half two in five the same places before, the rest clean, beside a forgery, or places that fooled the network."
+    "One training batch: half forged; the other half the same places before, clean, beside a forgery, and places that fooled the network, as 4 : 3 : 2 : 4 (whatever kinds there are)."
     chance = np.zeros(len(patches))
     for kind, part in ((FORGED, 1.), (PAIRED, .4), (CLEAN, .3), (RIM, .2), (HARD, .4)):
         here = patches.kind == kind

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..attack.nets import HubNet
 from ..attack.tamper import Equalizer, Tampering, soap_film, tamper
-from ..core import DetectError, TrainError, UsageError
+from ..core import DataError, DetectError, TrainError, UsageError
 from ..core import atomic_dir, from_preset, import_torchvision, pick_compute, progress, read_json, rng, torch_rng, weights_path, write_json
 from ..data import published
 from .cascade import Cascade, CascadeConfig, slice_features, slice_truth, train_svm
@@ -411,9 +411,12 @@ def ablation(
     settings = json.loads(json.dumps({"row": asdict(row), "config": asdict(config), "data": fingerprint(None if row.whole else train_patches, global_slices, test_slices), "seed": seed}))
     file = None if out is None else Path(out) / f"{name.lower()}-{seed}.json"
     if file is not None and file.is_file():
-        stored = read_json(file)
-        if stored.get("settings") != settings: raise TrainError(f"{file} was made from other data or settings: choose another folder, or remove it")
-        return stored
+        try: stored = read_json(file)
+        except DataError as error:
+            log.warning("%s: computing this row again", error)
+            stored = None
+        if stored is not None and stored.get("settings") != settings: raise TrainError(f"{file} was made from other data or settings: choose another folder, or remove it")
+        if stored is not None: return stored
     began, keep = time.perf_counter(), None if out is None else Path(out) / "networks"
     if row.whole:
         net = first_stage(row, global_slices, config, seed, keep, show_progress)

@@ -49,7 +49,8 @@ class Source:
         name: str, # For the record
         scan: Scan, # Unforged
         nodules: Iterable | None = None, # Known places; None looks for candidates
-    ) -> "Source":
+    ) -> "Source": # Without nodules where the scan shows no lung
+        "Find the lungs of a scan, and what looks like a nodule where nobody says it. Places outside the scan are left out."
         from mits_nb.data import lung_mask, nodule_candidates
         mask = lung_mask(scan)
         if nodules is None: nodules = [c.at for c in nodule_candidates(scan, n=6, mask=mask)] if mask.any() else []
@@ -428,13 +429,15 @@ class ForgedSlices:
     def part(
         self,
         keep: np.ndarray, # bool or int (k,): which slices
-    ) -> "ForgedSlices":
+    ) -> "ForgedSlices": # Those slices, with all that is known about them
+        "Some of the slices."
         return ForgedSlices([self.hu[i] for i in np.arange(len(self))[keep]], *(None if a is None else a[keep] for a in (self.tampered, self.scan, self.action, self.at, self.forger)))
 
     @staticmethod
     def joined(
         parts: list["ForgedSlices"], # At least one
-    ) -> "ForgedSlices":
+    ) -> "ForgedSlices": # In the order of the parts; places and forgers only where every part has them
+        "Several sets of slices as one."
         def all_of(name): return None if any(getattr(p, name) is None for p in parts) else np.concatenate([getattr(p, name) for p in parts])
         return ForgedSlices([hu for p in parts for hu in p.hu], *map(all_of, ("tampered", "scan", "action", "at", "forger")))
 
@@ -1085,7 +1088,7 @@ def train_cascade(
     preset: str = "tiny", # "tiny": about an hour on two cores; "full": the paper's size
     out: str | Path = "cascade", # Folder for the weights; checkpoints lie beside it until the end
     attackers: list | None = None, # Of `CTGAN`, to learn from; None for "ctgan-tiny" and "ctgan-zeros-tiny"
-    protectors: list | None = None, # Of `MitsGAN` that must raise no alarm; None for "mitsgan-tiny" and "mitsgan-robust-tiny"
+    protectors: list | None = None, # Of `MitsGAN` that must raise no alarm; None for "mitsgan-tiny" and "mitsgan-robust-tiny", [] for none
     data: str | Path | Iterable[str | Path] | None = None, # None: development scans and phantoms; a folder, a list of scans; () for phantoms only
     seed: int = 0, # Same seed, data, attackers and machine: same weights
     *,
@@ -1094,15 +1097,16 @@ def train_cascade(
     second: dict | None = None, # Overrides of `CascadeConfig`
     **overrides, # Fields of `TrainingConfig`
 ) -> Cascade:
-    """Train both stages against forgers and write them with history and card. Called again after an interruption, the first stage goes on where it was.
+    """Train both stages against forgers and write them with history and card. Called again after an interruption, the first stage goes on where it was. The stages share the real scans, but no phantom.
 
     Raises `UsageError`, `DataError`, `TrainError`, `OutputError`."""
     import shutil, time
     from mits_nb.attack.ctgan import CTGAN
     from mits_nb.protect.mitsgan import MitsGAN
     config, first, last = from_preset(TrainingConfig, preset, **overrides), from_preset(DetectorConfig, preset, **(detector or {})), from_preset(CascadeConfig, preset, **(second or {}))
-    attackers = attackers or [CTGAN.from_pretrained(name) for name in ("ctgan-tiny", "ctgan-zeros-tiny")]
-    protectors = protectors or [MitsGAN.from_pretrained(name) for name in ("mitsgan-tiny", "mitsgan-robust-tiny")]
+    if attackers is None: attackers = [CTGAN.from_pretrained(name) for name in ("ctgan-tiny", "ctgan-zeros-tiny")]
+    if not attackers: raise UsageError("no forger to learn from: give at least one, or None for those that ship")
+    if protectors is None: protectors = [MitsGAN.from_pretrained(name) for name in ("mitsgan-tiny", "mitsgan-robust-tiny")]
     out, began, real = Path(out), time.perf_counter(), real_sources(data)
     work = out.with_name(out.name + ".work")
     if not real: log.warning("no real scans found, learning from phantoms only: set MITS_DATA, or give data")

@@ -106,6 +106,7 @@ class Pattern(nn.Module):
         spacing: tuple[float, float], # (y, x) mm
         phase: Tensor, # (B,) between 0 and 1
     ) -> Tensor: # (B, 1, H, W) between -1 and 1
+        "The wave on the pixels of a slice, one picture for each phase; shorter than 2.5 pixels it is stretched to that."
         finest = max(abs(k) * step for k, step in zip(self.wave.tolist(), spacing))  # cycles per pixel
         wave = self.wave * min(1.0, 0.4 / max(finest, 1e-9))  # coarse pixels carry no shorter wave than 2.5 of them
         y, x = (torch.arange(n, device=phase.device) * step for n, step in zip(shape, spacing))
@@ -167,6 +168,7 @@ class Protector(HubNet):
         phase: Tensor | None = None, # (B,) of the pattern, 0 to 1 ("ours"); None for zero
         value_range: tuple[float, float] | None = None, # HU that map to -1 and 1 ("paper", "released"); None takes those of `hu`
     ) -> Tensor: # Protected slices (B, 1, H, W) in HU, not yet rounded
+        "Protect slices: `texture`, then `paint`."
         return self.paint(hu, self.texture(noise, spacing, phase), spacing, value_range)
 
     def texture(
@@ -300,6 +302,7 @@ class PlaceBatches:
             if len(places) == 0: raise TrainError(f"training scan {i} with shape {scan.shape} has no place inside a lung: leave it out")
 
     def __call__(self, step: int, random: torch.Generator) -> dict[str, Tensor]:
+        "The batch of a step: crops of one scan, flipped at random, and everything else that the step draws."
         c = self.config
         draw = lambda n: int(torch.randint(n, (), generator=random))
         which = draw(len(self.scans))
@@ -357,7 +360,7 @@ class ProtectTask(Task):
     ):
         adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr=lr, betas=config.betas)
         self.attackers = with_masks(attacker if isinstance(attacker, (list, tuple)) else [attacker], config.masks)
-        frozen = {f"{name} {i}": net for i, a in enumerate(self.attackers) for name in ("injector", "remover") if isinstance(net := getattr(a, name, None), nn.Module)}
+        frozen = {f"{name} {i}": net for i, a in enumerate(self.attackers) for name in ("injector", "remover", "equalizer") if isinstance(net := getattr(a, name, None), nn.Module)}
         for net in frozen.values(): net.requires_grad_(False).eval()
         optimizers = {"protector": adam(protector, config.lr), "discriminator": adam(discriminator, config.d_lr)}
         super().__init__({"protector": protector, "discriminator": discriminator}, optimizers, frozen)
@@ -403,6 +406,7 @@ class ProtectTask(Task):
         return total / len(protected), {f"{action} lost [dB]": torch.stack(values).mean() for action, values in lost.items() if values}
 
     def update(self, batch: dict, backward: Callable) -> dict[str, Tensor]:
+        "One step of D, then one of G; returns losses, damage and the size of the change."
         c, hu = self.config, batch["hu"]
         self.optimizers["protector"].param_groups[0]["lr"] = c.lr * (1 + math.cos(math.pi * min(self.step / c.steps, 1))) / 2
         protected = self.protect(batch)
@@ -410,7 +414,7 @@ class ProtectTask(Task):
         damage, lost = self.damage(batch, protected)
         fool = fooling_loss(self.networks["discriminator"](_for_discriminator(protected)))
         change = ((protected - hu) / c.strength_hu).square().mean()
-        loss = fool - c.alpha * damage / 10 + c.fidelity * change  # Eq. (6), the damage in units of 10 dB
+        loss = fool - c.alpha * damage / 10 + c.fidelity * change  # Eq. (6) of chapter 10, the damage in units of 10 dB, and the price of the change
         self.optimizers["protector"].zero_grad(); backward(loss); self.optimizers["protector"].step()
         return {"D": d_loss, "G domain": fool.detach(), "damage [dB]": damage.detach(), **lost,
                 "rmse [HU]": (protected - hu).detach().square().mean().sqrt()}
@@ -422,7 +426,7 @@ def search_wave(
     batches: Callable, # (step, generator) -> batch
     seed: int = 0, # Of the places
 ) -> list[dict]: # One row for each finalist: period, direction and mean damage, best first
-    "Try plane waves of `band_mm` on the same places, the best eight again on four times as many, and keep the one that damages the forgeries most."
+    "Try plane waves of `band_mm` on the same places, the best eight again on four times as many, and keep the one that damages the forgeries most. Raises `UsageError` for a search without wavelength, direction or batch, `TrainError` for a damage that is not finite."
     pattern, (lengths, directions, rounds) = task.networks["protector"].pattern, task.config.search
     if min(lengths, directions, rounds) < 1: raise UsageError(f"search is {task.config.search}: give at least one wavelength, one direction and one batch")
     periods = np.geomspace(*task.config.band_mm, lengths) if lengths > 1 else task.config.band_mm[:1]
@@ -433,6 +437,7 @@ def search_wave(
             turn = math.radians(wave["degrees"])
             pattern.wave.copy_(torch.tensor([math.sin(turn), math.cos(turn)]) / wave["period_mm"])
             damage = [task.damage(b, task.protect(b))[0].item() for b in tests]
+            if not all(map(math.isfinite, damage)): raise TrainError(f"the damage of the wave of {wave['period_mm']:.1f} mm at {wave['degrees']:.0f} degrees is not finite: look for NaN in the training scans and in the attacker's forgeries")
             rows.append({**wave, "damage_db": sum(damage) / len(damage), "wave": pattern.wave.clone()})
         return sorted(rows, key=lambda row: -row["damage_db"])
     with task.evaluating(), pick_compute().autocast():
@@ -482,7 +487,7 @@ def folded(
     net: Protector, # Trained; it is not changed
     dtype: torch.dtype = torch.float32, # Format of all convolutions but the last
 ) -> Protector: # A copy for inference only, channels last
-    "The same function, cheaper: batch norms inside the convolutions (Eq. 3), activations in place, bfloat16 where it does no harm."
+    "The same function, cheaper: batch norms inside the convolutions (Eq. 3), activations in place; with `dtype` bfloat16 less precise, too."
     net = copy.deepcopy(net).eval().requires_grad_(False)
     for layers in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for i in range(len(layers) - 1):
@@ -519,11 +524,21 @@ def admit(
     scan: "Scan", # What shall be protected
     again: bool, # Protect it all the same
 ) -> None:
-    "The gate of all protectors. Raise `UsageError` for a scan that carries a protection already, unless `again`; `ScanError` for values that are not finite."
+    "The gate of all protectors. Raise `UsageError` for a scan that carries a protection already, unless `again`; `ScanError` for values that are no HU of a CT (`check_hu`)."
     if not again and is_protected(scan):
         raise UsageError("this scan is protected already: protecting twice adds change without adding safety; pass again=True if you mean it")
-    if scan.hu.dtype.kind == "f" and not np.isfinite(scan.hu).all():
-        raise ScanError("this scan holds NaN or infinity: set such voxels to the padding value before protecting it")
+    check_hu(scan)
+
+# %% ../../nbs/11_protect.mitsgan.ipynb #25068c58
+def protected_scan(
+    scan: "Scan", # Before
+    hu: np.ndarray, # After
+    note: dict, # For its history
+) -> "Scan": # With the note; the scan itself, without, where no voxel was changed
+    "What all protectors return. Where nothing was changed nothing is claimed, and a warning says so."
+    if not np.array_equal(hu, scan.hu): return scan.with_hu(hu, note)
+    log.warning("%s found nothing to change in this scan: it is not protected, and not marked as protected", note["by"])
+    return scan
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #d2aec7fe
 class MitsGAN:
@@ -575,10 +590,9 @@ class MitsGAN:
         again: bool = False, # Protect a scan that is protected already?
         batch: int = 4, # Slices at a time; bounds the memory, does not change the result
         compute: Compute | None = None, # Device and precision; None for `pick_compute()`
-    ) -> "Scan": # Same shape and dtype, whole HU, padding untouched
+    ) -> "Scan": # Same shape and dtype, whole HU, padding untouched; the scan itself, unmarked, where there was nothing to change
         "Protect every slice; a scan without lung is protected with a warning. Raises `ScanError` for values that are no HU, `UsageError` for a scan that carries a protection already, unless `again`."
         admit(scan, again)
-        check_hu(scan)
         for doubt in lung_doubts(scan): log.warning(doubt)
         compute, random = compute or pick_compute(), torch_rng(seed, "protect")
         net = folded(self.protector, compute.dtype).to(compute.device)
@@ -594,7 +608,7 @@ class MitsGAN:
                 largest = max(largest, (slices - hu).abs().max().item())
                 out[first:first + len(hu)] = slices[:, 0].cpu().numpy().astype(out.dtype)
         strength = {"strength_hu": self.protector.strength_hu} if self.protector.variant == "ours" else {"largest_hu": largest}
-        return scan.with_hu(out, {"kind": "protected", "by": self.name, "seed": int(seed), **strength})
+        return protected_scan(scan, out, {"kind": "protected", "by": self.name, "seed": int(seed), **strength})
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #14557909
 def is_protected(
@@ -612,6 +626,13 @@ def training_scans(
     sources = training_sources(from_preset(CtganConfig, "tiny", phantoms=config.phantoms), data)
     return [load().scan for _, _, load in progress(sources, "training scans")]
 
+# %% ../../nbs/11_protect.mitsgan.ipynb #7673e172
+def often(
+    steps: int, # Of a training
+) -> int: # Steps between checkpoints
+    "A training that ends in NaN keeps most of its work: eight checkpoints, and one every 500 steps at least."
+    return min(500, max(1, steps // 8))
+
 # %% ../../nbs/11_protect.mitsgan.ipynb #4b20f7d7
 def train_mitsgan(
     preset: str, # `"tiny"` or `"full"`
@@ -619,7 +640,7 @@ def train_mitsgan(
     attacker: Any, # A `CTGAN`: anything with a differentiable `tamper_tensor(hu, at, spacing, action)`; or a list of them
     data: str | Path | list | None = None, # A folder of scans, or a list of `Scan`; None for the development scans and phantoms
     seed: int = 0, # Same seed, same data, same machine: same weights
-    checkpoint_every: int = 500, # Steps
+    checkpoint_every: int | None = None, # Steps; None for eight checkpoints in a training, and one every 500 steps at least
     card: str = "", # Extra text for card.md
     **overrides, # Fields of `MitsganConfig` to set otherwise
 ) -> MitsGAN:
@@ -634,7 +655,7 @@ def train_mitsgan(
     if config.variant == "ours": search_wave(task, batches, seed)
     started, work = time.perf_counter(), None if out is None else Path(out).with_name(Path(out).name + "-training")
     history = fit(task, batches, config.steps, seed=seed, out=work,
-                  checkpoint_every=checkpoint_every, log_every=10, desc="training the protector")
+                  checkpoint_every=often(config.steps) if checkpoint_every is None else checkpoint_every, log_every=10, desc="training the protector")
     mitsgan = MitsGAN(protector, "mitsgan" if out is None else Path(out).name, history)
     if out is not None:
         log.info("trained the protector in %.0f s", time.perf_counter() - started)

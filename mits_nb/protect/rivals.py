@@ -23,7 +23,7 @@ from ..core import TrainError, UsageError, atomic_dir, from_preset, pick_compute
 from ..gan import History, Task, fit, own_random_state
 from ..metrics import lung_window_image, rmse
 from .losses import forgery_damage
-from .mitsgan import MitsganConfig, PlaceBatches, ProtectTask, admit, cuboid_crop, finish_slices, middle_box, training_scans
+from .mitsgan import MitsganConfig, PlaceBatches, ProtectTask, admit, cuboid_crop, finish_slices, middle_box, often, protected_scan, training_scans
 
 # %% ../../nbs/12_protect.rivals.ipynb #c7905a54
 log = logging.getLogger("mits_nb")
@@ -80,14 +80,14 @@ class GaussianNoise:
         seed: int = 0, # Same seed, same noise
         again: bool = False, # Also for a scan that is protected already?
     ) -> "Scan": # Same shape and dtype, whole HU, padding untouched
-        "Add the noise. Raises `UsageError` for a scan that is protected already, unless `again`."
+        "Add the noise. Raises `UsageError` for a scan that is protected already, unless `again`; `ScanError` for values that are no HU."
         admit(scan, again)
         out = np.empty_like(scan.hu)
         for k, hu in enumerate(scan.hu):  # slice by slice: the memory stays small, and slice k always gets the same noise
             hu = torch.from_numpy(hu.astype(np.float32))
             noise = torch.from_numpy(rng(seed, "gaussian noise", k).standard_normal(hu.shape, dtype=np.float32))
             out[k] = finish_slices(hu + self.sigma_hu * noise, hu).numpy().astype(out.dtype)
-        return scan.with_hu(out, {"kind": "protected", "by": self.name, "seed": int(seed), "sigma_hu": self.sigma_hu})
+        return protected_scan(scan, out, {"kind": "protected", "by": self.name, "seed": int(seed), "sigma_hu": self.sigma_hu})
 
 # %% ../../nbs/12_protect.rivals.ipynb #bfa74b2c
 def ascend(
@@ -193,14 +193,14 @@ class Pgd:
         seed: int | None = None, # Of the random start; None for that of the constructor
         again: bool = False, # Also for a scan that is protected already?
     ) -> "Scan": # Same shape and dtype; whole HU in the cuboids, everything else bit-identical
-        "Climb the damage around each place. Raises `UsageError`, `PlaceError` for a place outside the scan, `ScanError`."
+        "Climb the damage around each place. Raises `UsageError`, `PlaceError` for a place outside the scan, `ScanError` for values that are no HU."
         admit(scan, again)
         for at in self.places: check_place(at, scan.spacing, scan.shape)
         seed, out, self.values = self.seed if seed is None else seed, scan.hu.copy(), []
         for group in progress(place_groups(self.places, scan.spacing, scan.shape), "climbing"):
             crop, best = self._climb(scan, self.places[group], seed)
             out[crop] = best.cpu().numpy().astype(out.dtype)
-        return scan.with_hu(out, {"kind": "protected", "by": self.name, "seed": int(seed), "strength_hu": self.bound_hu, "places": self.places.tolist()})
+        return protected_scan(scan, out, {"kind": "protected", "by": self.name, "seed": int(seed), "strength_hu": self.bound_hu, "places": self.places.tolist()})
 
     def _climb(self, scan: "Scan", places: np.ndarray, seed: int) -> tuple[tuple, Tensor]:
         "One group of places: the crop that holds them, and its protected HU."
@@ -444,7 +444,7 @@ class Tafim:
         again: bool = False, # Protect a scan that is protected already?
         batch: int = 4, # Slices at a time; bounds the memory, does not change the result
     ) -> "Scan": # Same shape and dtype, whole HU, padding untouched
-        "Add the image-specific perturbation to every slice. Raises `UsageError` for a scan that is protected already, unless `again`."
+        "Add the image-specific perturbation to every slice. Raises `UsageError` for a scan that is protected already, unless `again`; `ScanError` for values that are no HU."
         admit(scan, again)
         compute, net, out = pick_compute(), self.net.eval(), np.empty_like(scan.hu)
         net.to(compute.device)
@@ -454,7 +454,7 @@ class Tafim:
                 hu = torch.from_numpy(scan.hu[first:first + batch].astype(np.float32))[:, None].to(compute.device)
                 own, _ = net(hu.clamp(min=-1024.0), phase.expand(len(hu)), windows=True)
                 out[first:first + len(hu)] = finish_slices(hu + own, hu)[:, 0].cpu().numpy().astype(out.dtype)
-        return scan.with_hu(out, {"kind": "protected", "by": self.name, "seed": int(seed), "strength_hu": net.reach_hu})
+        return protected_scan(scan, out, {"kind": "protected", "by": self.name, "seed": int(seed), "strength_hu": net.reach_hu})
 
 # %% ../../nbs/12_protect.rivals.ipynb #a3984515
 def train_tafim(
@@ -463,7 +463,7 @@ def train_tafim(
     attacker: Any, # A `CTGAN`: anything with a differentiable `tamper_tensor(hu, at, spacing, action)`
     data: str | Path | list | None = None, # A folder of scans, or a list of `Scan`; None for the development scans and phantoms
     seed: int = 0, # Same seed, same data, same machine: same weights
-    checkpoint_every: int = 500, # Steps
+    checkpoint_every: int | None = None, # Steps; None for eight checkpoints in a training, and one every 500 steps at least
     card: str = "", # Extra text for card.md
     show_progress: bool = True, # A bar when it takes longer than two seconds
     **overrides, # Fields of `TafimConfig` to set otherwise
@@ -476,7 +476,7 @@ def train_tafim(
         torch.manual_seed(torch_rng(seed, "tafim weights").initial_seed())
         net = TafimNet(config.width, config.levels, config.global_px, config.reach_hu, config.start, config.dropout, config.window_px)
     started, work = time.perf_counter(), None if out is None else Path(out).with_name(Path(out).name + "-training")
-    history = fit(TafimTask(net, attacker, config), batches, config.steps, seed=seed, out=work, checkpoint_every=checkpoint_every, log_every=10,
+    history = fit(TafimTask(net, attacker, config), batches, config.steps, seed=seed, out=work, checkpoint_every=often(config.steps) if checkpoint_every is None else checkpoint_every, log_every=10,
                   desc="training TAFIM", progress=show_progress)
     tafim = Tafim(net, "tafim" if out is None else Path(out).name, history)
     if out is not None:

@@ -254,12 +254,15 @@ def cleaning_table(
     by: tuple[str, ...] = ("protector",), # Columns that define a block of the table
     level: float = 0.95, # Of the intervals
 ) -> "pandas.DataFrame": # Indexed by `by` and cleaning: lost dB, and the share of the loss without cleaning that is left
-    "What survives each cleaning: loss against the same attacker without protection, and its share of the loss without cleaning, with intervals by patient."
+    "What survives each cleaning: loss against the same attacker without protection, and its share of the loss without cleaning, with intervals by patient. Raises `UsageError` for rows of several attackers that `by` does not tell apart."
     import pandas as pd
     lines = {}
     for key, group in _groups(rows, by).items():
         place_of = lambda r: (r["patient"], tuple(r["at"]), r["action"], *[r.get(k) for k in by])
-        plain = {place_of(r): r["lost_db"] for r in group if r["cleaning"] == "nothing"}
+        plain = {}
+        for r in group:
+            if r["cleaning"] == "nothing" and plain.setdefault(place_of(r), r["lost_db"]) != r["lost_db"]:
+                raise UsageError(f"two rows differ for one place, {r['action']} and {by}: name the column that tells them apart, e.g. by=('attacker', 'protector')")
         for (cleaning,), part in _groups(group, ("cleaning",)).items():
             pairs = [(r["lost_db"], plain.get(place_of(r), math.nan)) for r in part]
             share = patient_interval(pairs, [r["patient"] for r in part], lambda m: float(m[0] / m[1]) if m[1] else math.nan, level)
