@@ -18,7 +18,7 @@ import numpy as np
 from mits_nb.attack.ctgan import CTGAN, HELD_OUT
 from mits_nb.core import UsageError, from_preset, read_json, rng, versions, weights_path, write_json
 from mits_nb.data import development_scans, lung_places
-from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED, PatchSet, cut_patch
+from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED, DetectorConfig, PatchSet, cut_patch
 from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, beside_paper, cyclegan_patches, cyclegan_set, row_cascade, scan_row, table_rows
 from mits_nb.detect.training import (ForgedSlices, OneKind, Source, TrainingConfig, build_patches, forged_slices, load_patches, load_slices, phantom_source, read_set, real_sources, save_patches, save_slices,
                                      set_slices, slice_patches)
@@ -61,6 +61,7 @@ def make_sets(folder, config, data=None, places=(3, 6), tests=(12, 13, 14, 16, 1
     slices = forged_slices([(*s, places[0]) for s in real + fine(1300, max(2, config.phantoms // 2))], attackers, 1)
     test = forged_slices([(*s, places[1]) for s in held_out + [phantom(seed) for seed in tests]], attackers, 7)
     write_sets(folder, patches, slices, test)
+    write_json(Path(folder) / "names.json", {"test": [name for name, *_ in held_out] + [f"phantom-{seed}" for seed in tests]})
 
 
 def miniature(seeds, places):
@@ -159,9 +160,10 @@ def main():
     scans = whole_scans(a.whole, patches, slices, config, a.out) if a.whole else {}
     rows = table_rows(results)
     for title, table in (("Table 1", TABLE1), ("Table 2", {**TABLE2, **CYCLEGAN}), ("Table 3", TABLE3)): print(f"\n{title}\n{beside_paper(rows, table).to_string()}", flush=True)
-    text = (f"Preset {a.preset}: {next(iter(rows.values()))['slices']} test slices of {next(iter(rows.values()))['scans']} scans that no row has learnt from; "
-            f"rivals asked for every {config.step}. window; made by benchmarks/detector_tables.py.")
-    stored = {"about": {"text": text, "seeds": a.seeds, "close": a.close, "versions": versions()}, "rows": rows, "scans": scans}
+    names = read_json(a.sets / "names.json")["test"] if (a.sets / "names.json").is_file() else []
+    text = (f"Preset {a.preset}: {config.detector.steps} steps for a network on windows (the first lesson of `mits_train detect` has {from_preset(DetectorConfig, a.preset).steps}), {config.slice_steps} of {config.slice_batch} slices for one on whole slices; "
+            f"{next(iter(rows.values()))['slices']} test slices of {next(iter(rows.values()))['scans']} scans that no row has learnt from{' (' + ', '.join(names) + ')' if names else ''}; rivals asked for every {config.step}. window; made by benchmarks/detector_tables.py.")
+    stored = {"about": {"text": text, "scans": names, "seeds": a.seeds, "close": a.close, "versions": versions()}, "rows": rows, "scans": scans}
     write_json(a.out / "tables.json", stored)
     if a.store: print("stored", write_json(weights_path(a.store) / "tables.json", stored))
 

@@ -274,7 +274,7 @@ def test_tables_join_seeds_and_resample_scans():
     rows = table_rows([fake("Ours", 1, 36), fake("Ours", 0, 40), fake("ResNet50", 0, 20)], 200)
     assert rows["Ours"]["accuracy"] == .95 and rows["Ours"]["seeds"] == [0, 1] and abs(rows["Ours"]["spread"] - .1) < 1e-9
     low, high = rows["Ours"]["accuracy_interval"]
-    assert low < .95 < high <= 1
+    assert low < .95 < high <= 1 and rows["ResNet50"]["per_scan"] == [1., 1., 0., 0.] and rows["Ours"]["per_scan"] == [1., 1., 1., .8]
     assert rows["ResNet50"]["accuracy_interval"][0] == 0. # two scans all wrong, two all right: a slice-wise interval would be far too short
     frame = beside_paper(rows, TABLE3)
     assert frame.loc["Ours", "accuracy, ours"] == .95 and frame.loc["Ours", "accuracy, paper"] == TABLE1["Ours"][0]

@@ -439,7 +439,7 @@ METRICS = ("accuracy", "precision", "recall", "f1")
 def table_rows(
     results: Iterable[dict], # From `ablation`, any rows and seeds
     resamples: int = 1000, # Of the interval
-) -> dict[str, dict]: # Row -> means, spread over seeds, interval by scan, and how it was made
+) -> dict[str, dict]: # Row -> means, spread over seeds, interval by scan, accuracy scan by scan, and how it was made
     "Join the results of several seeds. Raises `UsageError` when seeds of one row were tested on other slices or with other settings."
     from mits_nb.metrics import bootstrap_ci
     grouped: dict[str, list[dict]] = {}
@@ -454,7 +454,7 @@ def table_rows(
         tampered, scan = np.tile(group[0]["tampered"], len(group)), np.tile(group[0]["scan"], len(group))
         right = (np.concatenate([r["probability"] for r in group]) >= .5) == tampered
         ci = bootstrap_ci(np.mean, scan, right.astype(float), resamples=resamples) if len(set(scan)) > 1 else None
-        row |= {"accuracy_interval": None if ci is None else [round(ci["low"], 4), round(ci["high"], 4)], "slices": len(group[0]["tampered"]), "scans": len(set(scan)),
+        row |= {"accuracy_interval": None if ci is None else [round(ci["low"], 4), round(ci["high"], 4)], "slices": len(group[0]["tampered"]), "scans": len(set(scan)), "per_scan": [round(float(right[scan == one].mean()), 4) for one in sorted(set(scan))],
                 "parameters": group[0]["parameters"], "step": group[0]["step"], "seconds": round(float(np.mean([r["seconds"] for r in group])), 1)}
         out[name] = row
     return out
