@@ -3,7 +3,7 @@
     python benchmarks/arena.py --out FOLDER [--data phantom] [--seeds 12 13 14 16] [--places 4] [--pixels 352] [--detectors FOLDER] [--tables FOLDER] [--store arena-tiny]
     python benchmarks/arena.py --keep --tables FOLDER --store arena-tiny [--data phantom]
 
-Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--keep` renews the tables and the sentences of what is stored, and measures nothing. `--store` writes weights/NAME/phantom.json, or scans.json for other data, and card.md. Phantoms here have pixels of about 1 mm on a
+Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--keep` renews the tables and the sentences of what is stored, and measures nothing; where nothing is stored yet, the tables alone are. `--store` writes weights/NAME/phantom.json, or scans.json for other data, and card.md. Phantoms here have pixels of about 1 mm on a
 smaller grid than those of the tables: half the work, and the same question.
 """
 import argparse
@@ -32,11 +32,11 @@ def main():
     a = parser.parse_args()
     name = "phantom.json" if a.data == "phantom" else "scans.json"
     tables = read_json(a.tables / "tables.json") if a.tables else {"tables": [], "about": None}
-    tables = {"tables": tables["tables"], "tables_about": tables["about"]}
+    tables = {"tables": tables["tables"], "tables_about": tables["about"] and tables["about"] | {"data": Path(a.data).name}} # a name: where the scans lie is nobody's business
     if a.keep:
         file = weights_path(a.store) / name
-        stored = read_json(file) | tables
-        stored["arena"]["findings"] = findings(stored["arena"]["cells"], stored["arena"])
+        stored = (read_json(file) if file.is_file() else {}) | tables # no arena there: tables alone
+        if "arena" in stored: stored["arena"]["findings"] = findings(stored["arena"]["cells"], stored["arena"])
         print("stored", write_json(file, stored))
         return
     if a.out is None: parser.error("give --out, or --keep with --tables and --store")

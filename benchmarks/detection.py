@@ -133,7 +133,7 @@ def measure_parity(a, cascade, sources, found):
     attackers = [CTGAN.from_pretrained(n) for n in TRAINED.values()]
     for source in sources[:1] + [s for s in sources[1:] if group(s.name) == "phantom"][:1]:
         for i in range(a.places):
-            forged = forged_copy(source, i, attackers, 7)
+            forged, _ = forged_copy(source, i, attackers, 7)
             z = int(forged.history[-1]["at"][0])
             for tampered, hu in ((True, forged.hu[z:z + 1]), (False, source.scan.hu[z:z + 1])):
                 for method in ("dense", "windows"):

@@ -338,7 +338,11 @@ def test_the_stored_arena_can_get_new_tables_and_sentences(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["arena.py", "--keep", "--tables", str(tmp_path / "tables"), "--store", str(tmp_path / "stored")])
     script.main()
     stored = json.loads((tmp_path / "stored" / "phantom.json").read_text())
-    assert stored["tables"] == [{"table": "new"}] and stored["tables_about"] == {"scans": {"a": 1}} and stored["about"] == {"data": "phantom"} and "old" not in stored["arena"]["findings"]
+    assert stored["tables"] == [{"table": "new"}] and stored["tables_about"] == {"scans": {"a": 1}, "data": "phantom"} and stored["about"] == {"data": "phantom"} and "old" not in stored["arena"]["findings"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--data", "/somewhere/scans"])
+    script.main()
+    alone = json.loads((tmp_path / "stored" / "scans.json").read_text())
+    assert alone == {"tables": [{"table": "new"}], "tables_about": {"scans": {"a": 1}, "data": "scans"}}
 
 
 @pytest.fixture(scope="module")
