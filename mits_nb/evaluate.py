@@ -14,7 +14,7 @@ __all__ = ['log', 'STORE', 'FITS', 'WEIGHTS', 'SCORES', 'ATTACKERS', 'PROTECTION
            'table_cells', 'stored_rows', 'has_lpips', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run', 'TrainingSets',
            'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour', 'colour_range',
            'gains_view', 'alarms_view', 'tables_page', 'evaluate', 'arena_run_on', 'paint_matrix', 'arena_sentence',
-           'ArenaExplorer', 'paint_bars', 'AblationExplorer', 'stored_arena']
+           'ArenaExplorer', 'mixed_units', 'paint_bars', 'AblationExplorer', 'stored_arena']
 
 # %% ../nbs/20_evaluate.ipynb #70912f1d
 import base64, copy, functools, glob, hashlib, html, json, logging, math
@@ -1459,23 +1459,30 @@ class ArenaExplorer:
         from mits_nb.viewer import bundle
         return bundle(self.ui._repr_mimebundle_(**options), self.still(), f"ArenaExplorer({len(self.arena['cells'])} cells; needs a running kernel)")
 
+# %% ../nbs/20_evaluate.ipynb #d72d10ba
+def mixed_units(
+    table: dict, # A table's result, or one of tables.json
+    column: str, # E.g. "f1"
+) -> bool:
+    "Do the rows of a column count different things (HU, dB, shares), so that their bars cannot share a scale?"
+    return len({table.get("units", {}).get(name.split(",")[0], "") for name, row in table["rows"].items() if column in row}) > 1
+
 # %% ../nbs/20_evaluate.ipynb #f734fc72
 def paint_bars(
     table: dict, # A table's result, or one of tables.json
     column: str, # E.g. "f1"
     width: int = 560, # Pixels
 ) -> np.ndarray: # uint8 (height, width, 3)
-    "Ours (blue, with its interval) above the paper's (grey), one pair of bars for each row."
+    "Ours (blue, with its interval) above the paper's (grey), one pair of bars for each row; each row on a scale of its own where units are mixed."
     from PIL import Image as Picture, ImageDraw, ImageFont
     lines = [(name, row[column]) for name, row in table["rows"].items() if column in row]
     left, top, h = 250, 8, 36
     sheet = Picture.new("RGB", (width, top + h * max(1, len(lines)) + 4), (255, 255, 255))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    known = [v for _, c in lines for v in (c["ours"], c["paper"], c.get("high")) if v is not None]
-    top_value = max(1., *known) if known else 1.
-    x = lambda v: left + (width - left - 52) * v / top_value
+    own, largest = mixed_units(table, column), lambda cells: max([1e-9, *(v for c in cells for v in (c["ours"], c["paper"], c.get("high")) if v is not None)])
     for i, (name, c) in enumerate(lines):
-        y = top + h * i
+        y, top_value = top + h * i, largest([c]) if own else max(1., largest([c for _, c in lines]))
+        x = lambda v: left + (width - left - 52) * v / top_value
         pen.text((left - 8, y + h / 2 - 3), name, fill=(20, 20, 20), font=font, anchor="rm")
         for k, (value, colour) in enumerate(((c["ours"], (59, 111, 182)), (c["paper"], (170, 170, 170)))):
             y0 = y + 2 + 14 * k
@@ -1530,7 +1537,7 @@ class AblationExplorer:
         "Paint the bars; what is to be said of the column, and of the table, stands below."
         if self.column is None: return
         from mits_nb.viewer import png_bytes
-        shown, title = paint_bars(self.table, self.column), f"{self.column}: ours (blue), paper (grey)"
+        shown, title = paint_bars(self.table, self.column), f"{self.column}: ours (blue), paper (grey)" + ("; each row on its own scale" if mixed_units(self.table, self.column) else "")
         self.screen.frames = [{"png": png_bytes(shown), "sheets": [], "voxel_sheets": 0, "title": title, "alt": title, "width": shown.shape[1], "height": shown.shape[0]}]
         cells = [row[self.column] for row in self.table["rows"].values() if self.column in row]
         remarks = dict.fromkeys([c[k][0].upper() + c[k][1:] for c in cells for k in ("how", "note") if c.get(k)] + [note.rstrip(".") for note in self.table.get("notes", ())])

@@ -465,6 +465,16 @@ def test_arena_explorer_follows_clicks_keys_and_menu():
     assert w.chosen == (1, 0) and w.still()[:4] == b"\x89PNG"
 
 
+def test_rows_of_mixed_units_have_scales_of_their_own():
+    one = lambda ours, paper: {"x": {"ours": ours, "low": None, "high": None, "paper": paper}}
+    mixed = {"units": {"RMSE": "HU"}, "rows": {"RMSE": one(30., 200.), "SSIM": one(.9, .45)}}
+    assert ev.mixed_units(mixed, "x") and not ev.mixed_units(mixed | {"units": {}}, "x")
+    blue = lambda picture: [int((line == (59, 111, 182)).all(1).sum()) for line in (picture[8 + 8], picture[8 + 36 + 8])] # pixels of ours in the first and the second row
+    short, full = blue(ev.paint_bars(mixed, "x"))
+    assert full > 200 and abs(short - full * .15) < 4
+    assert blue(ev.paint_bars(mixed | {"units": {}}, "x"))[1] < 5
+
+
 def test_ablation_explorer_follows_its_menus():
     got = {"slices/a": slices(), "slices/b": slices()}
     tables = [ev.detector_table(t, got, {}, ev.MEASURED, 20) for t in ("Table 1", "Table 2")]
