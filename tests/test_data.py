@@ -513,7 +513,7 @@ def test_idc_faults(idc, tmp_path, monkeypatch):
 def test_idc_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.delenv("MITS_OFFLINE", raising=False)
     monkeypatch.setitem(sys.modules, "idc_index", None)
-    with pytest.raises(DataError, match=r"pip install 'mits_nb\[idc\]'"): data.download("lidc-idri", ["LIDC-IDRI-0001"], tmp_path)
+    with pytest.raises(DataError, match=r"pip install idc-index"): data.download("lidc-idri", ["LIDC-IDRI-0001"], tmp_path)
 
 
 def zipped(path, **files):
