@@ -33,6 +33,7 @@ def main():
     name = "phantom.json" if a.data == "phantom" else "scans.json"
     tables = read_json(a.tables / "tables.json") if a.tables else {"tables": [], "about": None}
     tables = {"tables": tables["tables"], "tables_about": tables["about"] and tables["about"] | {"data": Path(a.data).name}} # a name: where the scans lie is nobody's business
+    if a.keep and not (a.tables and a.store): parser.error("--keep needs --tables and --store")
     if a.keep:
         file = weights_path(a.store) / name
         stored = (read_json(file) if file.is_file() else {}) | tables # no arena there: tables alone

@@ -244,8 +244,10 @@ def scans_below(
 def is_dicom(
     file: Path, # Any file
 ) -> bool:
-    "Do the letters DICM stand where a DICOM file has them? By convention and not by name: series often come without .dcm."
-    with open(file, "rb") as opened: return opened.read(132)[128:] == b"DICM"
+    "Do the letters DICM stand where a DICOM file has them? Names do not tell: series often come without .dcm. Raises `DataError` for a file that cannot be read."
+    try:
+        with open(file, "rb") as opened: return opened.read(132)[128:] == b"DICM"
+    except OSError as error: raise DataError(f"cannot read {file}: {error.strerror or error}") from error
 
 # %% ../nbs/20_evaluate.ipynb #01c25a1c
 def find_tests(
