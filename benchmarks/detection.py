@@ -5,7 +5,7 @@
     python benchmarks/detection.py --report FILE... [--store mits_nb/weights/cascade-tiny/detection.json]
 
 First form: measures and writes all rows. Second form: the slices of single conditions, by name, and nothing else. Third form: joins such files, prints the tables, and stores them as chapter 18 shows them. A file that --store has written may be among those joined: its rows are taken over, and rows of the same
-scans and condition in the others replace them. Slices by attacker and treatment (the attackers of the training first, then each --unseen one, the CycleGAN in-painter of chapter 19, other masks and touch-ups, a blur and noise afterwards);
+scans and condition in the others replace them. Slices by attacker and treatment (the attackers of the training first, then each --unseen one, the CycleGAN in-painter of chapter 19, soap film and copy-move, other masks and touch-ups, a blur and noise afterwards);
 regions (Pd at 1 % false alarms per place, F1 of regions, F1 of voxels); the eight whole scans of the paper's Table 4 with its 3-D rule; unforged scans; controls without a generator.
 Goals: F1 >= 0.95 and AUC >= 0.985 on slices; Pd at 1 % >= 0.95; voxel F1 >= 0.90; unseen >= 95 % of the aligned AUC; no error on the eight scans; at most one false region in 20 unforged scans.
 """
@@ -22,10 +22,10 @@ from mits_nb.detect.cascade import Cascade, find_regions
 from mits_nb.detect.heatmap import heatmap
 from mits_nb.detect.rivals import CycleForger, CycleNet
 from mits_nb.detect.training import CONTROLS, Source, eight_scans, forge_round, forged_copy, painted, pasted_back, perturbed_scan, phantom_source, place_scores, score_at, with_settings
-from mits_nb.evaluate import weights_digest
+from mits_nb.evaluate import CopyMove, SoapFilm, weights_digest
 from mits_nb.metrics import classification, localisation, match_regions, pd_at_fa, roc_auc
 from mits_nb.phantom import make_phantom
-from mits_nb.protect.mitsgan import MitsGAN
+from mits_nb.protect.rivals import load_protector
 from mits_nb.scan import read_scan
 
 TRAINED = {"ctgan-tiny": "ctgan-tiny", "ctgan-zeros-tiny": "ctgan-zeros-tiny"}
@@ -43,14 +43,16 @@ def noisy(hu_sd):
 
 
 def conditions(a):
-    "(name, attackers, treatment): aligned first; those of --only, where it is given."
+    "(name, attackers or a call that makes them for a source, treatment): aligned first; those of --only, where it is given."
     trained = [CTGAN.from_pretrained(n) for n in TRAINED.values()]
     rows = [("aligned", trained, None)] + [(f"unseen: {name}", [CTGAN.from_pretrained(folder)], None) for name, folder in (u.split("=", 1) for u in a.unseen)]
     cycle = CycleNet.from_pretrained(weights_path("cyclegan-tiny"))
     rows += [("unseen: CycleGAN in-painter", [CycleForger(cycle, t) for t in trained], None)]
+    rows += [("unseen: soap film, nothing generated", [SoapFilm(t) for t in trained], None), ("unseen: copy-move, nothing generated", lambda source: [CopyMove.within(t, source) for t in trained], None)]
     rows += [("mask 16", [with_settings(t, mask=16) for t in trained], None), ("released touch-up", [with_settings(t, touch_up="released") for t in trained], None),
              ("released paste and touch-up", [with_settings(t, touch_up="released", paste="released") for t in trained], None), ("no touch-up", [with_settings(t, touch_up=None) for t in trained], None)]
-    rows += [("blur 0.5 px afterwards", trained, blurred(.5)), ("blur 0.8 px afterwards", trained, blurred(.8)), ("noise 10 HU afterwards", trained, noisy(10)), ("noise 25 HU afterwards", trained, noisy(25))]
+    rows += [("blur 0.5 px afterwards", trained, blurred(.5)), ("blur 0.8 px afterwards", trained, blurred(.8)), ("blur 1.3 px afterwards", trained, blurred(1.3)),
+             ("noise 10 HU afterwards", trained, noisy(10)), ("noise 25 HU afterwards", trained, noisy(25)), ("noise 45 HU afterwards", trained, noisy(45))]
     if unknown := set(a.only or ()) - {name for name, *_ in rows}: raise UsageError(f"no condition {sorted(unknown)[0]!r}: use one of {', '.join(repr(name) for name, *_ in rows)}")
     return [row for row in rows if not a.only or row[0] in a.only]
 
@@ -69,7 +71,7 @@ def measure_slices(a, cascade, sources, found):
     for name, attackers, treat in conditions(a):
         for source in sources:
             start = time.perf_counter()
-            rows = place_scores(cascade, source, attackers, a.places, 7, treat=treat)
+            rows = place_scores(cascade, source, attackers(source) if callable(attackers) else attackers, a.places, 7, treat=treat)
             found["slices"] += [{"condition": name, "patient": source.name, "group": group(source.name), **row} for row in rows]
             print(f"{name:32s} {source.name:16s} AUC {roc_auc([r['p'] for r in rows], [r['tampered'] for r in rows]):.3f} ({time.perf_counter() - start:.0f} s)", flush=True)
 
@@ -94,7 +96,7 @@ def measure_regions(a, cascade, sources, found):
 
 
 def measure_scans(a, cascade, sources, found):
-    attackers, protectors = [CTGAN.from_pretrained(n) for n in TRAINED.values()], [MitsGAN.from_pretrained(n) for n in ("mitsgan-tiny", "mitsgan-robust-tiny")]
+    attackers, protectors = [CTGAN.from_pretrained(n) for n in TRAINED.values()], [load_protector(n) for n in ("mitsgan-tiny", "mitsgan-robust-tiny", "tafim-tiny")]
     def note(kind, name, scan, truth):
         report = cascade.inspect(scan, False)
         match = match_regions([r["centre_mm"] for r in report.regions], truth)

@@ -662,9 +662,10 @@ def run_protect(
     say=print, # Receives one line per result
 ) -> Scan: # The protected scan
     "Read, protect, write, and say how strongly. Raises `MitsError`s."
-    from mits_nb.protect.mitsgan import MitsGAN, is_protected
+    from mits_nb.protect.mitsgan import is_protected
+    from mits_nb.protect.rivals import load_protector
     out, clock = check_target(args.scan, args.out, args.overwrite), Clock(say)
-    compute, protector = pick_compute(args.device), MitsGAN.from_pretrained(args.weights)
+    compute, protector = pick_compute(args.device), load_protector(args.weights)
     with warnings_shown():
         scan = load_scan(args, out, clock)
         marker = marker_text(scan) or ""
@@ -850,7 +851,7 @@ def mits_train(
                         "protect: plain (MITS-GAN of chapter 11), robust (the same, trained against attackers who clean the scan first) or tafim (chapter 12) (default: plain)")
     parser.add_argument("--out", help="folder for the weights (default: outputs/weights/NAME)")
     parser.add_argument("--attacker", action="append", metavar="NAME", help="weights to train against, for protect and detect; may be repeated, MITS-GAN and the detector then meet them all (default: ctgan-PRESET; with the preset tiny also ctgan-zeros-tiny, the attacker as published, which is the only one that TAFIM meets)")
-    parser.add_argument("--protector", action="append", metavar="NAME", help="detect: weights whose honest output must not be taken for a forgery; may be repeated (default: mitsgan-PRESET; with the preset tiny also mitsgan-robust-tiny)")
+    parser.add_argument("--protector", action="append", metavar="NAME", help="detect: weights whose honest output must not be taken for a forgery; may be repeated (default: mitsgan-PRESET; with the preset tiny also mitsgan-robust-tiny and tafim-tiny)")
     parser.add_argument("--data", help="folder of real scans to train on besides phantoms (default: the variable MITS_DATA)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-out", action="append", metavar="NAME", help="attack: a scan to leave out, by its name; may be repeated (default: LIDC-IDRI-0003)")
@@ -899,8 +900,8 @@ def run_train(
             else: train_mitsgan(attacker=attackers, **common, **(ROBUST if args.variant == "robust" else {}))
         else:
             from mits_nb.detect.training import train_cascade
-            from mits_nb.protect.mitsgan import MitsGAN
-            names = args.protector or (["mitsgan-tiny", "mitsgan-robust-tiny"] if args.preset == "tiny" else [f"mitsgan-{args.preset}"])
-            train_cascade(attackers=attackers, protectors=[MitsGAN.from_pretrained(name) for name in names], **common)
+            from mits_nb.protect.rivals import load_protector
+            names = args.protector or ([] if args.preset == "tiny" else [f"mitsgan-{args.preset}"])
+            train_cascade(attackers=attackers, protectors=list(map(load_protector, names)) or None, **common)
     print(f"weights in {out}")
     return out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'STORE', 'FITS', 'WEIGHTS', 'SCORES', 'ATTACKERS', 'PROTECTIONS', 'MEASURED', 'MEASURES', 'digest', 'plain',
            'Cell', 'read_cell', 'write_cell', 'CellStore', 'weights_digest', 'scan_digest', 'EvaluateConfig',
-           'TestScan', 'phantom_tests', 'file_tests', 'scans_below', 'is_dicom', 'find_tests', 'check_fit', 'Bench',
+           'TestScan', 'phantom_tests', 'file_tests', 'scans_below', 'find_tests', 'check_fit', 'Bench',
            'forged_places', 'protection_rows', 'cell_of', 'fidelity_table', 'scaled_rows', 'sweep_rows', 'alpha_table',
            'protection_pictures', 'figure_6', 'figure_7', 'slice_rows', 'cycle_rows', 'score_cells', 'stored_cells',
            'detector_table', 'whole_scan', 'scan_table', 'figure_4', 'figure_8', 'training_curves', 'SoapFilm',
@@ -231,7 +231,8 @@ def file_tests(
 def scans_below(
     path: Path, # A folder
 ) -> dict[str, Path]: # Name -> file, or folder of a DICOM series; never a mask (`..._nodules`)
-    "The scans in a folder and its subfolders. Names are those of the files; where two are called alike, with their folders."
+    "The scans in a folder and its subfolders. Names are those of the files; where two are called alike, with their folders. Raises `ScanError` for a file that cannot be read."
+    from mits_nb.scan import is_dicom
     suffixes = (".mhd", ".mha", ".nrrd", ".nii", ".nii.gz")
     inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
     found = [p for p in inside if p.name.endswith(suffixes) and "_nodules" not in p.name]
@@ -239,15 +240,6 @@ def scans_below(
     found += sorted(folder for folder in others if any(is_dicom(p) for p in sorted(folder.iterdir())[:8] if p.is_file()))
     short = [p.name if p.is_dir() else p.name.split(".nii")[0].removesuffix(p.suffix) for p in found]
     return {name if short.count(name) == 1 else "-".join((*p.relative_to(path).parent.parts, name)): p for name, p in zip(short, found)}
-
-# %% ../nbs/20_evaluate.ipynb #dea4af9c
-def is_dicom(
-    file: Path, # Any file
-) -> bool:
-    "Do the letters DICM stand where a DICOM file has them? Names do not tell: series often come without .dcm. Raises `DataError` for a file that cannot be read."
-    try:
-        with open(file, "rb") as opened: return opened.read(132)[128:] == b"DICM"
-    except OSError as error: raise DataError(f"cannot read {file}: {error.strerror or error}") from error
 
 # %% ../nbs/20_evaluate.ipynb #01c25a1c
 def find_tests(
@@ -707,6 +699,13 @@ class CopyMove:
     ):
         self.settings, self.equalizer, self.donors = ctgan.settings, ctgan.equalizer, donors
 
+    @classmethod
+    def within(cls, ctgan, source) -> "CopyMove": # A `CTGAN`, a `Source`
+        "Donors are the scan's nodules, or what looks like one, and places in its lung."
+        from mits_nb.detect.training import lung_candidates
+        lung = lung_candidates(source.scan, source.mask, 77)
+        return cls(ctgan, {"inject": source.nodules if len(source.nodules) else lung, "remove": lung})
+
     def tamper(self, scan, at, action="inject", seed=0):
         "Copy the cube of a donor at least 34 mm away. Raises `PlaceError` where there is none."
         import torch
@@ -734,7 +733,7 @@ def forger_of(
     kind: str, # First word of an entry of `ATTACKERS`
 ): # Anything with `tamper(scan, at, action, seed)`
     "The forger of the arena."
-    from mits_nb.detect.training import lung_candidates, with_settings
+    from mits_nb.detect.training import with_settings
     from mits_nb.protect.mitsgan import with_masks
     ctgan, source = bench.model("attacker"), bench.source(name)
     if kind == "ctgan": return ctgan
@@ -742,8 +741,7 @@ def forger_of(
     if kind == "mask 16": return with_masks([ctgan], (16,))[0]
     if kind == "released": return with_settings(ctgan, touch_up="released", paste="released")
     if kind == "film": return SoapFilm(ctgan)
-    lung = lung_candidates(source.scan, source.mask, 77)
-    return CopyMove(ctgan, {"inject": source.nodules if len(source.nodules) else lung, "remove": lung})
+    return CopyMove.within(ctgan, source)
 
 # %% ../nbs/20_evaluate.ipynb #7af45811
 def protected_by(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'LUNG', 'SOFT', 'MARKER_BLOCK', 'RLE', 'MOST_PACKED', 'CT_IMAGE', 'MULTI_FRAME', 'MACROS', 'AIR', 'SUFFIXES',
-           'window', 'show_slices', 'Source', 'Scan', 'voxel_to_world', 'world_to_voxel', 'with_hu', 'sidecar_path',
-           'read_scan', 'list_series', 'marker_text', 'check_writable', 'write_scan', 'resample', 'resample_tensor']
+           'window', 'show_slices', 'Source', 'Scan', 'voxel_to_world', 'world_to_voxel', 'with_hu', 'is_dicom',
+           'sidecar_path', 'read_scan', 'list_series', 'marker_text', 'check_writable', 'write_scan', 'resample',
+           'resample_tensor']
 
 # %% ../nbs/01_scan.ipynb #d99b11ba
 import contextlib, functools, gzip, hashlib, io, json, logging, lzma, math, mmap, os, re, shutil, struct, subprocess, sys, tempfile, threading, warnings, zipfile, zlib
@@ -333,14 +334,21 @@ def _parse(
     if "buffer" in header.__dict__: header.buffer = None  # it would keep the file open
     return _Slice(path, header, start, end)
 
+# %% ../nbs/01_scan.ipynb #44091110
+def is_dicom(
+    path: str | Path, # Any file
+) -> bool: # False for a file that is too short, too
+    "Do the letters DICM stand where a DICOM file has them? Names do not tell: series often come without .dcm. Raises `ScanError`."
+    try:
+        with open(path, "rb") as file: return file.read(132)[128:] == b"DICM"
+    except OSError as error: raise ScanError(f"{path} cannot be opened ({error.strerror}): check its permissions") from error
+
 # %% ../nbs/01_scan.ipynb #92c3ae71
 def _read_header(
     path: Path, # A file, DICOM or not
 ) -> _Slice | None: # None for a file that is no DICOM
     "Read a DICOM header. Raises `ScanError` when the file claims to be DICOM but cannot be read."
-    try:
-        with open(path, "rb") as file: magic = file.read(132)[128:] == b"DICM"
-    except OSError as error: raise ScanError(f"{path} cannot be opened ({error.strerror}): check its permissions") from error
+    magic = is_dicom(path)
     if not magic and path.suffix.lower() not in (".dcm", ".dicom", ".ima"): return None
     try:
         found = _parse(path, force=not magic)
@@ -1240,9 +1248,7 @@ def check_writable(
     if scan.source and scan.source.kind == "dicom" and Path(scan.source.path).resolve() == folder.resolve():
         raise OutputError(f"{folder} is the folder this scan was read from: choose another one, originals are never replaced")
     for path in folder.iterdir():
-        if path.is_file() and path.stat().st_size > 132:
-            with open(path, "rb") as file:
-                if file.read(132)[128:] == b"DICM": continue
+        if path.is_file() and path.stat().st_size > 132 and is_dicom(path): continue
         raise OutputError(f"{folder} holds {path.name}, which is no DICOM slice: choose a new or empty folder")
 
 # %% ../nbs/01_scan.ipynb #9274f2cc

@@ -24,6 +24,12 @@ class ToyAttacker:
         return tamper_tensor(hu, at, spacing, self.injector if action == "inject" else self.remover, self.settings, self.equalizer, noise, action)
 
 
+@pytest.fixture
+def no_bars(monkeypatch):
+    "Progress bars appear after two seconds: a test of what a command says must not depend on how busy the machine is."
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     "Folder of real development scans (variable MITS_DATA, else ../shared/data); tests that need it skip without it."

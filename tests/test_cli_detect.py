@@ -19,6 +19,8 @@ from mits_nb.detect.cascade import Cascade, CascadeConfig, file_sha256, read_rep
 from mits_nb.detect.cnn import Detector
 from mits_nb.scan import read_scan, write_scan
 
+pytestmark = pytest.mark.usefixtures("no_bars")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, phantom):

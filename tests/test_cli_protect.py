@@ -11,7 +11,10 @@ import SimpleITK as sitk
 from mits_nb.cli import mits_protect, mits_train
 from mits_nb.core import weights_path
 from mits_nb.protect.mitsgan import MitsGAN, is_protected
+from mits_nb.protect.rivals import Tafim
 from mits_nb.scan import Scan, marker_text, read_scan, sidecar_path, write_scan
+
+pytestmark = pytest.mark.usefixtures("no_bars")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,13 @@ def test_dicom_in_dicom_out(source, tmp_path, capsys):
         assert after.StudyInstanceUID == before.StudyInstanceUID and after.PatientID == before.PatientID and after.SeriesInstanceUID != before.SeriesInstanceUID
         seen.add(after.SeriesInstanceUID)
     assert len(seen) == 1
+
+
+def test_rivals_protect_too(source, tmp_path, capsys):
+    assert mits_protect([str(source / "scan.mha"), str(tmp_path / "out.mha"), "--weights", "tafim-tiny", "--seed", "2"]) == 0
+    real, back = read_scan(source / "scan.mha"), read_scan(tmp_path / "out.mha")
+    assert np.array_equal(back.hu, Tafim.from_pretrained("tafim-tiny").protect(real, seed=2).hu) and not np.array_equal(back.hu, real.hu)
+    assert "by tafim-tiny" in (marker_text(back) or "") and "by tafim-tiny" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["out.mha", "out.nrrd", "out.nii.gz"])

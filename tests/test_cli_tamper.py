@@ -14,6 +14,8 @@ from mits_nb.cli import mits_tamper
 from mits_nb.core import weights_path
 from mits_nb.scan import Scan, read_scan, sidecar_path, write_scan
 
+pytestmark = pytest.mark.usefixtures("no_bars")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, phantom):

@@ -8,7 +8,7 @@ import torch
 from mits_nb.core import TrainError, UsageError, from_preset
 from mits_nb.detect.cascade import Cascade, slice_truth
 from mits_nb.detect.cnn import FORGED, PAIRED
-from mits_nb.detect.training import (CONTROLS, Source, TrainingConfig, build_patches, disguised, far_apart, forge_round, forged_pair, forged_slices, honest_twin, lung_candidates, painted,
+from mits_nb.detect.training import (CONTROLS, Source, TrainingConfig, build_patches, disguised, far_apart, forge_round, forge_set, forged_pair, forged_slices, honest_twin, lung_candidates, painted,
                                       passed_on, pasted_back, patches_of, perturbed_scan, place_scores, rescanned, score_at, summary, train_cascade)
 from mits_nb.scan import Scan
 
@@ -96,7 +96,7 @@ def test_twins_come_in_their_shares(source):
     def twin(**changes): return honest_twin(source, from_preset(TrainingConfig, "tiny", **(shares | changes)), [Wall()], 3)
     assert twin() is source
     assert 1 <= abs(twin(protected=1.).scan.hu.astype(int) - source.scan.hu).max() <= 7
-    assert np.array_equal(twin(perturbed=1.).scan.hu, perturbed_scan(source.scan, 3).hu) and np.array_equal(twin(rescanned=1.).scan.hu, rescanned(source, 3).scan.hu)
+    assert np.array_equal(twin(perturbed=1.).scan.hu, perturbed_scan(source.scan, 3, 60).hu) and np.array_equal(twin(rescanned=1.).scan.hu, rescanned(source, 3).scan.hu)
 
 
 def test_what_is_passed_on_is_treated_alike_and_keeps_its_history(source):
@@ -125,7 +125,7 @@ def test_a_disguise_leaves_the_forger_as_it_is():
     from mits_nb.attack.ctgan import CTGAN
     forger = CTGAN.from_pretrained("ctgan-tiny")
     seen = {(d.settings.mask, d.settings.paste, d.settings.touch_up) for d in (disguised(forger, s) for s in range(20))}
-    assert len(seen) == 4 and forger.settings.mask == 20 and forger.settings.touch_up == "ours"
+    assert len(seen) == 5 and forger.settings.mask == 20 and forger.settings.touch_up == "ours"
 
 
 @pytest.mark.parametrize("kind", CONTROLS)
@@ -182,7 +182,24 @@ def test_a_summary_counts_every_way_and_adds_scans_up():
 
 
 def test_no_forger_does_not_mean_the_shipped_ones(tmp_path):
+    with pytest.raises(UsageError, match="no forger to make the set"): forge_set("all", tmp_path / "s", attackers=[])
     with pytest.raises(UsageError, match="no forger to learn from"): train_cascade("tiny", tmp_path / "c", attackers=[], protectors=[], data=())
+
+
+def test_every_stage_meets_its_share_of_coarse_phantoms(tmp_path, monkeypatch):
+    from mits_nb.detect import training
+    class Enough(Exception): pass
+    met = []
+    monkeypatch.setattr(training, "phantom_source", lambda seed, shape, coarse: met.append((seed, coarse)))
+    def first(learn, attackers, config, first, seed, work, protectors, strangers):
+        for _, load, *_ in [*learn, *strangers]: load()
+        raise Enough
+    monkeypatch.setattr(training, "train_first_stage", first)
+    with pytest.raises(Enough): train_cascade("tiny", tmp_path / "c", attackers=[Forger()], protectors=[], data=(), phantoms=10, strangers=5)
+    assert len({seed for seed, _ in met}) == 15 and sum(coarse for _, coarse in met[:10]) == 4 and sum(coarse for _, coarse in met[10:]) == 2
+    monkeypatch.undo()
+    fine, coarse = (training.phantom_source(8, (4, 128, 128), coarse=c).scan for c in (False, True))
+    assert coarse.shape == (4, 64, 64) and np.allclose(np.multiply(coarse.shape, coarse.spacing), np.multiply(fine.shape, fine.spacing)) and fine.shape == training.phantom_source(8, (4, 128, 128)).scan.shape
 
 
 def test_score_and_mask_of_regions():

@@ -363,7 +363,7 @@ class DetectorConfig:
     validate_every: int = 3000 # Steps between looks at the validation set; published program 3000
     patience: int = 3 # Looks without gain before the training stops; paper 3
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": dict(width=.25, batch=48, dense_batch=16, steps=3600, lr=2e-3, dropout=.2, decay_every=180, validate_every=900),
+        "tiny": dict(width=.25, batch=48, dense_batch=16, steps=4200, lr=2e-3, dropout=.2, decay_every=210, validate_every=900),
         "full": {}}
 
 # %% ../../nbs/15_detect.cnn.ipynb #0ff58fec

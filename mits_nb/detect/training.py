@@ -77,11 +77,13 @@ def phantom_source(
     seed: int, # 1200 and up for training; 0 to 99 are kept for tests
     shape: tuple = (22, 512, 512), # Voxels
     spacing: tuple = (2.5, .7, .7), # mm
+    coarse: bool | None = None, # Pixels of twice the size? None: every fourth seed
 ) -> Source:
-    "One phantom. The field of view varies with the seed: pixels of 0.62 to 0.86 mm, and twice that on half the grid for every fourth."
+    "One phantom. The field of view varies with the seed: pixels of 0.62 to 0.86 mm, and twice that on half the grid for coarse ones."
     from mits_nb.phantom import make_phantom
-    zoom = float(rng(seed, "field of view").uniform(.88, 1.22)) * (2 if seed % 4 == 3 else 1)
-    if seed % 4 == 3: shape = (shape[0], shape[1] // 2, shape[2] // 2)
+    if coarse is None: coarse = seed % 4 == 3
+    zoom = float(rng(seed, "field of view").uniform(.88, 1.22)) * (2 if coarse else 1)
+    if coarse: shape = (shape[0], shape[1] // 2, shape[2] // 2)
     scan, nodules = make_phantom(seed=seed, shape=shape, spacing=(spacing[0], spacing[1] * zoom, spacing[2] * zoom))
     return Source.of(f"phantom-{seed}", scan, [n.centre_voxel for n in nodules])
 
@@ -93,18 +95,20 @@ class TrainingConfig:
     phantom_shape: tuple = (48, 512, 512) # Voxels (z, y, x)
     rounds: int = 120 # How often each real scan is forged anew for the first stage
     phantom_rounds: int = 6 # The same for each phantom
+    coarse: float = .4 # Share of the phantoms that have pixels of twice the size
     places: int = 8 # Forged places per round, injections and removals in turn
     slices: int = 5 # Slices of each place; paper 5
-    protected: float = .15 # Share of rounds on a scan that the protector has changed, so that protection alone raises no alarm
-    perturbed: float = .15 # ... on a scan with other faint noise, for protectors never seen
+    protected: float = .2 # Share of rounds on a scan that the protector has changed, so that protection alone raises no alarm
+    perturbed: float = .15 # ... on a scan with other noise, for protectors never seen
+    perturbed_hu: float = 60. # Amplitude of that noise, at most; three times its standard deviation
     rescanned: float = .3 # ... on a scan as another scanner might have made it
-    disguised: float = .4 # ... in which the forger's mask, paste and touch-up are drawn anew
-    passed_on: float = .25 # ... after which both versions are blurred, sharpened, or made noisy
+    disguised: float = .5 # ... in which the forger's mask, paste and touch-up are drawn anew
+    passed_on: float = .35 # ... after which both versions are blurred, sharpened, or made noisy
     lessons: int = 3 # Of the first stage: one on forgeries, the others with the false alarms of the one before
     strangers: int = 40 # Further phantoms, never forged, searched for false alarms
     global_rounds: int = 12 # Rounds per real scan for the second stage
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": dict(phantoms=40, phantom_shape=(22, 512, 512), rounds=36, phantom_rounds=4, slices=4, lessons=2, strangers=6, global_rounds=6),
+        "tiny": dict(phantoms=48, phantom_shape=(22, 512, 512), rounds=36, phantom_rounds=4, slices=4, lessons=2, strangers=10, global_rounds=9),
         "full": {}}
 
 # %% ../../nbs/18_detect.training.ipynb #aef0d674
@@ -160,13 +164,13 @@ def rescanned(
 def honest_twin(
     source: Source, # As it came from the scanner
     config: TrainingConfig, # Shares of the kinds
-    protectors: Iterable, # Of `MitsGAN`; may be empty
+    protectors: Iterable, # Of `MitsGAN`, `Tafim`; may be empty
     seed: int, # Same seed, same twin
 ) -> Source: # `source` itself, or protected, perturbed, rescanned
     "An unforged scan as the detector may meet it."
     numbers, protectors = rng(seed, "honest twin"), list(protectors)
     draw = numbers.random()
-    if draw < config.perturbed: return replace(source, scan=perturbed_scan(source.scan, seed))
+    if draw < config.perturbed: return replace(source, scan=perturbed_scan(source.scan, seed, config.perturbed_hu))
     if (draw := draw - config.perturbed) < config.rescanned: return rescanned(source, seed)
     if protectors and draw - config.rescanned < config.protected: return replace(source, scan=protected_scan(source.scan, protectors[numbers.integers(len(protectors))], seed))
     return source
@@ -176,15 +180,15 @@ def passed_on(
     scan: Scan, # Forged or not
     seed: int, # Same seed, same treatment
 ) -> Scan: # Whole HU, same history
-    "What may happen to a scan later: a blur of up to 0.7 pixels, a sharpening, or noise of up to 15 HU. Give the same seed to the forged and to the honest version."
+    "What may happen to a scan later: a blur of up to 1 pixel, a sharpening, or noise of up to 30 HU. Give the same seed to the forged and to the honest version."
     from scipy.ndimage import gaussian_filter
     numbers = rng(seed, "passed on")
-    kind, strength = numbers.integers(3), numbers.uniform(.3, 1)
+    kind, strength = numbers.integers(3), numbers.uniform(.15, 1)
     hu = scan.hu.astype(np.float32)
     for one in hu:
-        if kind == 0: one[:] = gaussian_filter(one, .7 * strength)
+        if kind == 0: one[:] = gaussian_filter(one, strength)
         elif kind == 1: one += .8 * strength * (one - gaussian_filter(one, .8))
-        else: one += 15 * strength * numbers.standard_normal(one.shape, dtype=np.float32)
+        else: one += 30 * strength * numbers.standard_normal(one.shape, dtype=np.float32)
     return scan.with_hu(np.where(scan.hu <= -1000, scan.hu, np.rint(hu).clip(-1024, 3071)).astype(scan.hu.dtype))
 
 # %% ../../nbs/18_detect.training.ipynb #b321143d
@@ -192,8 +196,9 @@ def disguised(
     attacker, # `CTGAN`
     seed: int, # Same seed, same habits
 ): # The same networks with other settings
-    "A forger who cares less, or more: a mask of 16 mm, the released touch-up, the released hard paste, or no touch-up at all."
-    changes = [dict(mask=16), dict(touch_up="released"), dict(touch_up="released", paste="released"), dict(touch_up=None)][rng(seed, "disguise").integers(4)]
+    "A forger who cares less, or more: a mask of 16 mm, the released touch-up, the released hard paste, no touch-up at all. Two in three have the released touch-up, which is the hardest to find."
+    released = dict(touch_up="released")
+    changes = [dict(mask=16), dict(touch_up=None), released, released, released | dict(mask=16), released | dict(paste="released")][rng(seed, "disguise").integers(6)]
     other = copy.copy(attacker)
     other.settings = replace(attacker.settings, **changes)
     return other
@@ -805,8 +810,10 @@ def forge_set(
     if kind not in KINDS: raise UsageError(f"no data set of kind {kind!r}: use one of {', '.join(KINDS)}")
     if kind == "cyclegan" and make is make_file: raise UsageError("the CycleGAN set needs the CycleGAN of chapter 19: use detect.rivals.forge_sets")
     out, config = Path(out), from_preset(SetsConfig, preset, **overrides)
+    if attackers is None: attackers = [CTGAN.from_pretrained(name) for name in ("ctgan-tiny", "ctgan-zeros-tiny")]
+    if not attackers: raise UsageError("no forger to make the set with: give at least one, or None for those that ship")
     origins, licence = set_origins(config, data)
-    forgers = forger_variants(attackers or [CTGAN.from_pretrained(name) for name in ("ctgan-tiny", "ctgan-zeros-tiny")], config.masks, config.touch_ups)
+    forgers = forger_variants(attackers, config.masks, config.touch_ups)
     settings = json.loads(json.dumps({"kind": kind, "seed": seed, "size": asdict(config), "scans": {o.name: [o.patient, o.part] for o in origins}, "forgers": [forger_record(f) for f in forgers]}))
     files, jobs, skipped = resumed_list(out, settings), plan_set(kind, origins, config), {}
     def listed(complete):
@@ -941,10 +948,10 @@ def place_scores(
     for i in progress(range(places), desc=f"judging places of {source.name}"):
         after, key = forged_copy(source, i, attackers, seed)
         note, numbers = after.history[-1], rng(key, "slices")
-        touched = note_slices(note, after)
-        first = max(0, touched[0] - reach_of(dz, depth))
-        forged = judged(done(after).hu[first:touched[-1] + 1 + reach_of(dz, depth)])
-        for j, z in enumerate(sorted(touched, key=lambda z: abs(z - note["at"][0]))[:slices]):
+        middle, reach = sorted(note_slices(note, after), key=lambda z: abs(z - note["at"][0]))[:slices], reach_of(dz, depth)
+        first = max(0, min(middle) - reach)
+        forged = judged(done(after).hu[first:max(middle) + 1 + reach]) # these slices, and what is asked beside them
+        for j, z in enumerate(middle):
             for truth, (alone, p) in ((True, forged[z - first]), (False, honest[z if j % 2 else numbers.integers(len(honest))])):
                 rows.append({"action": note["action"], "tampered": truth, "p": p, "alone": alone})
     return rows
@@ -974,8 +981,8 @@ def measure_cascade(
     protectors: Iterable = (), # Of `MitsGAN`: measure on protected scans as well
     shape: tuple = (22, 512, 512), # Voxels of a phantom
     groups: dict[str, tuple] = {"phantom": (12, 13, 14), "coarse phantom": (11,)}, # Seeds below 100: never trained on; every fourth has pixels of twice the size
-    rounds: int = 4, # Forged copies of each scan
-    places: int = 16, # Places whose slices are judged one by one, per scan
+    rounds: int = 2, # Forged copies of each scan
+    places: int = 6, # Places whose slices are judged one by one, per scan
 ) -> dict[str, dict]: # By group, as from `summary`: "phantom", "coarse phantom" and, where there is one, "real"
     "Slice-level and region-level scores on scans that no training has seen, real and phantom (and phantom with coarse pixels) apart."
     from mits_nb.attack.ctgan import HELD_OUT
@@ -1088,7 +1095,7 @@ def train_cascade(
     preset: str = "tiny", # "tiny": about an hour on two cores; "full": the paper's size
     out: str | Path = "cascade", # Folder for the weights; checkpoints lie beside it until the end
     attackers: list | None = None, # Of `CTGAN`, to learn from; None for "ctgan-tiny" and "ctgan-zeros-tiny"
-    protectors: list | None = None, # Of `MitsGAN` that must raise no alarm; None for "mitsgan-tiny" and "mitsgan-robust-tiny", [] for none
+    protectors: list | None = None, # That must raise no alarm; None for "mitsgan-tiny", "mitsgan-robust-tiny" and "tafim-tiny", [] for none
     data: str | Path | Iterable[str | Path] | None = None, # None: development scans and phantoms; a folder, a list of scans; () for phantoms only
     seed: int = 0, # Same seed, data, attackers and machine: same weights
     *,
@@ -1103,14 +1110,17 @@ def train_cascade(
     import shutil, time
     from mits_nb.attack.ctgan import CTGAN
     from mits_nb.protect.mitsgan import MitsGAN
+    from mits_nb.protect.rivals import Tafim
     config, first, last = from_preset(TrainingConfig, preset, **overrides), from_preset(DetectorConfig, preset, **(detector or {})), from_preset(CascadeConfig, preset, **(second or {}))
     if attackers is None: attackers = [CTGAN.from_pretrained(name) for name in ("ctgan-tiny", "ctgan-zeros-tiny")]
     if not attackers: raise UsageError("no forger to learn from: give at least one, or None for those that ship")
-    if protectors is None: protectors = [MitsGAN.from_pretrained(name) for name in ("mitsgan-tiny", "mitsgan-robust-tiny")]
+    if protectors is None: protectors = [*map(MitsGAN.from_pretrained, ("mitsgan-tiny", "mitsgan-robust-tiny")), Tafim.from_pretrained("tafim-tiny")]
     out, began, real = Path(out), time.perf_counter(), real_sources(data)
     work = out.with_name(out.name + ".work")
     if not real: log.warning("no real scans found, learning from phantoms only: set MITS_DATA, or give data")
-    def phantoms(start, n): return [(f"phantom-{start + i}", lambda s=start + i: phantom_source(s, config.phantom_shape)) for i in range(n)]
+    def phantoms(start, n): # every share of them has its coarse ones
+        many = [int((i + 1) * config.coarse) > int(i * config.coarse) for i in range(n)]
+        return [(f"phantom-{start + i}", lambda s=start + i, c=c: phantom_source(s, config.phantom_shape, coarse=c)) for i, c in enumerate(many)]
     learn = [(*s, config.rounds) for s in real] + [(*s, config.phantom_rounds) for s in phantoms(1200, config.phantoms)]
     judges = max(1, config.phantoms // 2)
     after_learn = max(1300, 1200 + config.phantoms) # no phantom is met twice, however many there are
@@ -1122,8 +1132,12 @@ def train_cascade(
     cascade = Cascade(net, svm, last, calibration, {"history": {
         "rows": rows, "second_stage": grid, "counts": counts, "preset": preset, "seed": seed, "sources": [name for name, *_ in learn], "training": asdict(config), "attackers": [name_of(a) for a in attackers], "protectors": [p.name for p in protectors],
         "sources_second_stage": [name for name, *_ in judge], "detector": asdict(first), "seconds": round(time.perf_counter() - began)}})
-    if measure: cascade.record["history"]["measured"] = measure_cascade(cascade, attackers, data, protectors, config.phantom_shape)
-    cascade.record["card"] = cascade_card(cascade)
-    cascade.save_pretrained(out)
+    def save():
+        cascade.record["card"] = cascade_card(cascade)
+        cascade.save_pretrained(out)
+    save() # an interruption while measuring must not cost the weights
+    if measure:
+        cascade.record["history"]["measured"] = measure_cascade(cascade, attackers, data, protectors, config.phantom_shape)
+        save()
     shutil.rmtree(work, ignore_errors=True)
     return cascade

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Nothing', 'GaussianNoise', 'ascend', 'place_damage', 'place_groups', 'Pgd', 'TafimUnet', 'in_windows', 'TafimNet',
-           'erased_box', 'tafim_loss', 'TafimConfig', 'TafimTask', 'Tafim', 'train_tafim']
+           'erased_box', 'tafim_loss', 'TafimConfig', 'TafimTask', 'Tafim', 'load_protector', 'train_tafim']
 
 # %% ../../nbs/12_protect.rivals.ipynb #ced95514
 import logging, math, time
@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from ..attack.nets import HubNet, n_trainable
 from ..attack.tamper import as_places, check_place, cuboid_box
-from ..core import TrainError, UsageError, atomic_dir, from_preset, pick_compute, progress, rng, torch_rng, weights_path
+from ..core import Compute, TrainError, UsageError, atomic_dir, from_preset, pick_compute, progress, read_json, rng, torch_rng, weights_path
 from ..gan import History, Task, fit, own_random_state
 from ..metrics import lung_window_image, rmse
 from .losses import forgery_damage
-from .mitsgan import MitsganConfig, PlaceBatches, ProtectTask, admit, cuboid_crop, finish_slices, middle_box, often, protected_scan, training_scans
+from .mitsgan import MitsGAN, MitsganConfig, PlaceBatches, ProtectTask, admit, cuboid_crop, finish_slices, middle_box, often, protected_scan, training_scans
 
 # %% ../../nbs/12_protect.rivals.ipynb #c7905a54
 log = logging.getLogger("mits_nb")
@@ -443,10 +443,11 @@ class Tafim:
         seed: int = 0, # Chooses the phase of the global perturbation: same seed, same protected scan
         again: bool = False, # Protect a scan that is protected already?
         batch: int = 4, # Slices at a time; bounds the memory, does not change the result
+        compute: Compute | None = None, # Where and in which precision; None picks
     ) -> "Scan": # Same shape and dtype, whole HU, padding untouched
         "Add the image-specific perturbation to every slice. Raises `UsageError` for a scan that is protected already, unless `again`; `ScanError` for values that are no HU."
         admit(scan, again)
-        compute, net, out = pick_compute(), self.net.eval(), np.empty_like(scan.hu)
+        compute, net, out = compute or pick_compute(), self.net.eval(), np.empty_like(scan.hu)
         net.to(compute.device)
         phase = torch.rand(1, generator=torch_rng(seed, "tafim")).to(compute.device)
         with torch.inference_mode(), compute.autocast():
@@ -455,6 +456,14 @@ class Tafim:
                 own, _ = net(hu.clamp(min=-1024.0), phase.expand(len(hu)), windows=True)
                 out[first:first + len(hu)] = finish_slices(hu + own, hu)[:, 0].cpu().numpy().astype(out.dtype)
         return protected_scan(scan, out, {"kind": "protected", "by": self.name, "seed": int(seed), "strength_hu": net.reach_hu})
+
+# %% ../../nbs/12_protect.rivals.ipynb #09953c87
+def load_protector(
+    name_or_dir: str | Path, # Weights that ship with the package, or a folder
+): # `MitsGAN` or `Tafim`
+    "A trained protector, whichever it is. Raises `WeightsError`."
+    kind = Tafim if "global_px" in read_json(weights_path(name_or_dir, "config.json") / "config.json") else MitsGAN
+    return kind.from_pretrained(name_or_dir)
 
 # %% ../../nbs/12_protect.rivals.ipynb #a3984515
 def train_tafim(
