@@ -106,6 +106,13 @@ def test_results_are_read_and_not_typed(results, tmp_path, monkeypatch):
     assert "| real, shift | 50 % (22 to 78) | 8 |" in text
 
 
+@pytest.mark.parametrize("role, name", [("cascade", "cascade-tiny"), ("mitsgan:robust", "mitsgan-robust-tiny"), ("ctgan-tiny", "ctgan-tiny")])
+def test_results_of_earlier_weights_are_called_so(results, role, name):
+    from mits_nb.evaluate import weights_digest
+    def text(digest): return results.published({"about": {"weights": {role: digest}, "scans": {}}, "tables": []})
+    assert f"**Measured with earlier weights** ({name})" in text("00") and "earlier weights" not in text(weights_digest(name))
+
+
 def test_results_intervals_are_over_scans(results):
     mean, interval, low, high = results.over_scans([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5 and (low, high) == ("1.000", "4.0")

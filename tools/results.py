@@ -215,11 +215,12 @@ def published(content: dict | None) -> str | None:
     "Every table of both papers, ours and theirs."
     if content is None:
         return None
-    from mits_nb.evaluate import table_view
+    from mits_nb.evaluate import WEIGHTS as ROLES, table_view
 
     about = content.get("tables_about") or content["about"]
+    used = {ROLES.get(role, role): digest for role, digest in about["weights"].items()}  # tables name roles, the arena names weights
     seen = f" The detector has learnt from {', '.join(about['seen_in_training'])}: its figures there flatter it." if about.get("seen_in_training") else ""
-    parts = [stale(about["weights"]) + f"Measured on: {', '.join(about['scans'])}.{seen}"]
+    parts = [stale(used) + f"Measured on: {', '.join(about['scans'])}.{seen}"]
     for t in content["tables"]:
         view = table_view(t)
         heads = ["", *(word for c in view["columns"] for word in (c, "paper")), "n"]
