@@ -64,6 +64,15 @@ def test_rivals_protect_too(source, tmp_path, capsys):
     assert "by tafim-tiny" in (marker_text(back) or "") and "by tafim-tiny" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("config", ["3", "{", "[1]", "{}"])
+def test_weights_that_do_not_say_whose_they_are(source, tmp_path, capsys, config):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "config.json").write_text(config)
+    (tmp_path / "w" / "model.safetensors").write_bytes((weights_path("mitsgan-tiny") / "model.safetensors").read_bytes())
+    fails([source / "scan.mha", tmp_path / "out.mha", "--weights", tmp_path / "w"], capsys, str(tmp_path / "w"), "again")
+    assert not (tmp_path / "out.mha").exists()
+
+
 @pytest.mark.parametrize("name", ["out.mha", "out.nrrd", "out.nii.gz"])
 def test_files_in_files_out(source, tmp_path, name):
     assert mits_protect([str(source / "scan.mha"), str(tmp_path / name)]) == 0

@@ -186,7 +186,7 @@ def test_no_forger_does_not_mean_the_shipped_ones(tmp_path):
     with pytest.raises(UsageError, match="no forger to learn from"): train_cascade("tiny", tmp_path / "c", attackers=[], protectors=[], data=())
 
 
-def test_every_stage_meets_its_share_of_coarse_phantoms(tmp_path, monkeypatch):
+def test_lessons_and_strangers_have_their_share_of_coarse_phantoms(tmp_path, monkeypatch):
     from mits_nb.detect import training
     class Enough(Exception): pass
     met = []

@@ -1092,7 +1092,7 @@ def name_of(
 
 # %% ../../nbs/18_detect.training.ipynb #998a7458
 def train_cascade(
-    preset: str = "tiny", # "tiny": about an hour on two cores; "full": the paper's size
+    preset: str = "tiny", # "tiny": an hour and a quarter on two cores; "full": the paper's size
     out: str | Path = "cascade", # Folder for the weights; checkpoints lie beside it until the end
     attackers: list | None = None, # Of `CTGAN`, to learn from; None for "ctgan-tiny" and "ctgan-zeros-tiny"
     protectors: list | None = None, # That must raise no alarm; None for "mitsgan-tiny", "mitsgan-robust-tiny" and "tafim-tiny", [] for none

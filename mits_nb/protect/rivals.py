@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..attack.nets import HubNet, n_trainable
 from ..attack.tamper import as_places, check_place, cuboid_box
-from ..core import Compute, TrainError, UsageError, atomic_dir, from_preset, pick_compute, progress, read_json, rng, torch_rng, weights_path
+from ..core import Compute, DataError, TrainError, UsageError, WeightsError, atomic_dir, from_preset, pick_compute, progress, read_json, rng, torch_rng, weights_path
 from ..gan import History, Task, fit, own_random_state
 from ..metrics import lung_window_image, rmse
 from .losses import forgery_damage
@@ -462,7 +462,9 @@ def load_protector(
     name_or_dir: str | Path, # Weights that ship with the package, or a folder
 ): # `MitsGAN` or `Tafim`
     "A trained protector, whichever it is. Raises `WeightsError`."
-    kind = Tafim if "global_px" in read_json(weights_path(name_or_dir, "config.json") / "config.json") else MitsGAN
+    file = weights_path(name_or_dir, "config.json") / "config.json"
+    try: kind = Tafim if "global_px" in dict(read_json(file)) else MitsGAN
+    except (DataError, TypeError, ValueError) as error: raise WeightsError(f"{file} does not say whose weights these are ({error}): fetch or train them again") from error
     return kind.from_pretrained(name_or_dir)
 
 # %% ../../nbs/12_protect.rivals.ipynb #a3984515
