@@ -1,12 +1,15 @@
 """How well do protections hold, on scans that nobody trained on?
 
-    MITS_DATA=folder python benchmarks/protection.py [--weights mitsgan-tiny mitsgan-robust-tiny] [--places 50] [--quick] [--scans 0 1] [--out protection.json]
+    MITS_DATA=folder python benchmarks/protection.py [--weights mitsgan-tiny mitsgan-robust-tiny] [--places 50] [--parts cost others] [--quick] [--scans 0 1] [--out protection.json]
+    MITS_DATA=folder python benchmarks/protection.py --leave-one-out FOLDER [--out left-out.json]
     python benchmarks/protection.py --report FILE... --store protection.json
     python benchmarks/protection.py --sweep-alphas [--steps 200] [--folder FOLDER] [--store sweep.npz]
 
-First form: measures, scan by scan, and writes all rows; `--scans` picks some of the held-out scans, so that several processes can share the work. Second form: joins such files, prints five tables with bootstrap intervals by patient, and stores them as chapter 13 shows them:
+First form: measures, scan by scan, and writes all rows; `--scans` picks some of the held-out scans, so that several processes can share the work, `--parts` some of the measurements. Second form: one training of `mitsgan-tiny` per real scan that leaves this scan out (finished ones in FOLDER are used
+again, interrupted ones go on; the shipped weights serve for the patient that they left out), each measured on that scan. The attackers stay those that ship, who know every patient but one. Third form: joins such files, prints the tables with bootstrap intervals by patient, and stores them as chapter 13 shows them; what an
+earlier file held and these do not is kept:
 cost and effect of every protector (slice PSNR / SSIM, forged square before and after, dB lost, share of injected lesions that are gone); what survives each cleaning, the blur of 0.7 pixels first; attackers that were not trained against (a smaller mask, and --unseen); nodule volumes and HU of
-unforged scans; noise power protected / real. Third form: one training per alpha (finished ones in FOLDER are used again), then the sweep that the widget of chapter 13 shows.
+unforged scans; noise power protected / real; patient by patient. Fourth form: one training per alpha (finished ones in FOLDER are used again), then the sweep that the widget of chapter 13 shows.
 Goals for the real scans: slice PSNR >= 40 dB and SSIM >= 0.98, forged square <= 11.3 dB and SSIM <= 0.74; >= 60 % left after the blur; >= 70 % of the loss against other attackers; lesion gone at >= 80 % of the places.
 """
 import argparse, json
@@ -17,13 +20,17 @@ import numpy as np
 import pandas as pd
 
 from mits_nb.attack.ctgan import CTGAN, HELD_OUT, clear_places, held_out_scans
-from mits_nb.core import DataError, versions, write_json
-from mits_nb.data import lung_mask, lung_places
+from mits_nb.core import DataError, read_json, versions, write_json
+from mits_nb.data import development_scans, lung_mask, lung_places
 from mits_nb.phantom import make_phantom
-from mits_nb.protect.mitsgan import MitsGAN, with_masks
+from mits_nb.protect.mitsgan import MitsGAN, train_mitsgan, with_masks
 from mits_nb.protect.rivals import GaussianNoise, Nothing, Pgd, Tafim
 from mits_nb.protect.sweep import (CLEANING_TESTS, PAPER_ALPHAS, Scaled, WIDER_ALPHAS, cleaning_table, measure_protection, noise_spectra, protected_twin, protection_table, protector_name,
                                    side_effects, sweep, train_alphas)
+
+
+PARTS = ("cost", "cleanings", "others", "effects")
+KINDS = ("rows", "cleanings", "others", "effects", "spectra", "left out")
 
 
 def say(title, table):
@@ -47,15 +54,15 @@ def measure_scan(a, source, mains, unseen):
     fixed = [Nothing(), GaussianNoise(a.noise), *([Tafim.from_pretrained(a.tafim)] if a.tafim else []), *ours]
     scaled = [Scaled(p, f) for p in fixed[1:] for f in a.factors]
     few, rest = places[: a.few], [name for name in CLEANING_TESTS if name not in ("nothing", "blur 0.7")]
-    found = {"rows": [], "cleanings": [], "others": [], "effects": [], "spectra": []}
-    for name, attacker in mains.items():
+    found = {key: [] for key in KINDS}
+    for name, attacker in mains.items() if "cost" in a.parts else ():
         extra = dict(patient=source.name, extra={"attacker": name})
         found["rows"] += measure_protection(fixed, attacker, source.scan, places, ("nothing", "blur 0.7"), **extra)
         found["rows"] += measure_protection(scaled, attacker, source.scan, places[: 2 * a.few], **extra)
         if a.bounds: found["rows"] += measure_protection(climbers(attacker, few, a.bounds, a.climb), attacker, source.scan, few, ("nothing", "blur 0.7"), **extra)
-        if not a.quick: found["cleanings"] += measure_protection(ours, attacker, source.scan, few, ("nothing", *rest), **extra)
-    for name, attacker in unseen.items(): found["others"] += measure_protection([GaussianNoise(a.noise), *ours], attacker, source.scan, places[: 2 * a.few], patient=source.name, extra={"attacker": name})
-    for p in fixed[1:]:
+        if "cleanings" in a.parts: found["cleanings"] += measure_protection(ours, attacker, source.scan, few, ("nothing", *rest), **extra)
+    for name, attacker in unseen.items() if "others" in a.parts else (): found["others"] += measure_protection([GaussianNoise(a.noise), *ours], attacker, source.scan, places[: 2 * a.few], patient=source.name, extra={"attacker": name})
+    for p in fixed[1:] if "effects" in a.parts else ():
         twin = protected_twin(p, source.scan)
         side = side_effects(source.scan, twin, [n for n in source.nodules if n[1] >= 5], lung)
         volumes = [abs(n["change_percent"]) for n in side["nodules"]]
@@ -81,32 +88,54 @@ def measure(a):
     report(joined)
 
 
+def leave_one_out(a):
+    "Second form: each real scan under a protector that was not trained on it."
+    mains, found = {n: CTGAN.from_pretrained(n) for n in a.attackers}, []
+    for name in development_scans():
+        folder = a.leave_one_out / name
+        if (name,) == HELD_OUT: protector = MitsGAN.from_pretrained(a.weights[0])
+        else: protector = MitsGAN.from_pretrained(folder) if (folder / "card.md").is_file() else train_mitsgan("tiny", folder, list(mains.values()), held_out=(name,))
+        source, = held_out_scans((name,), phantoms=0)
+        places = clear_places(source, a.places, 0, lung_mask(source.scan), margin_mm=10.0)
+        protector.name = Path(a.weights[0]).name
+        for attacker in mains: found += measure_protection([protector], mains[attacker], source.scan, places, ("nothing", "blur 0.7"), patient=source.name, extra={"attacker": attacker})
+        say(name, protection_table([r for r in found if r["patient"] == name], by=("attacker", "action"))[["slice PSNR [dB]", "forged [dB]", "protected, forged [dB]", "lost [dB]", "low", "high", "places"]])
+        if a.out: write_json(a.out, {**{key: [] for key in KINDS}, "left out": found, "versions": versions()})
+
+
 def report(found, store=None):
-    "Print the tables of joined rows, and store them."
+    "Print the tables of joined rows, and store them beside what is stored already."
+    earlier = read_json(store) if store and Path(store).is_file() else {"tables": {}, "keys": {}}
+    stored = {title: pd.DataFrame(**table).set_index(earlier["keys"][title]) for title, table in earlier["tables"].items()}
+    def add(title, table): frames[title] = pd.concat([stored[title].loc[[key not in set(table.index) for key in stored[title].index]], table]) if title in stored else table
     frames, kinds = {}, {"real, held out": lambda r: "phantom" not in r["patient"], "phantoms": lambda r: "phantom" in r["patient"]}
     for title, wanted in kinds.items():
-        if not (part := [r for r in found["rows"] if wanted(r)]): continue
-        frames[f"cost and effect, {title}"] = protection_table(part, by=("attacker", "protector", "action"))
+        part = [r for r in found["rows"] if wanted(r)]
+        if part: add(f"cost and effect, {title}", protection_table(part, by=("attacker", "protector", "action")))
         blurred = [r for r in part if r["protector"] != "nothing" and any(q["cleaning"] == "blur 0.7" and q["protector"] == r["protector"] for q in part)]
-        frames[f"after a blur of 0.7 pixels, {title}"] = cleaning_table(blurred, by=("attacker", "protector")).xs("blur 0.7", level="cleaning")
-        if rows := [r for r in found["cleanings"] if wanted(r)]: frames[f"each cleaning, {title}"] = cleaning_table(rows, by=("attacker", "protector"))
+        if blurred: add(f"after a blur of 0.7 pixels, {title}", cleaning_table(blurred, by=("attacker", "protector")).xs("blur 0.7", level="cleaning"))
+        if rows := [r for r in found["cleanings"] if wanted(r)]: add(f"each cleaning, {title}", cleaning_table(rows, by=("attacker", "protector")))
         if rows := [r for r in found["others"] if wanted(r)]:
             table = protection_table(rows, by=("attacker", "protector", "action"))[["forged [dB]", "protected, forged [dB]", "lost [dB]", "low", "high", "places"]]
-            names = {r["protector"] for r in rows}
-            known = protection_table([r for r in part if r["protector"] in names], by=("protector", "action"))["lost [dB]"]
-            table["share of the loss against the known attackers"] = [lost / known[key[1:]] for key, lost in table["lost [dB]"].items()]
-            frames[f"attackers not trained against, {title}"] = table
-    frames["unforged scans"] = pd.DataFrame(found["effects"]).set_index(["protector", "scan"])
-    frames["noise power, protected / real"] = pd.DataFrame(found["spectra"]).pivot_table(index="protector", columns="band [1/mm]", values="protected / real")
+            cost = frames.get(f"cost and effect, {title}", stored.get(f"cost and effect, {title}"))
+            if cost is not None: table["share of the loss against the known attackers"] = table["lost [dB]"] / cost["lost [dB]"].groupby(["protector", "action"]).mean().reindex(table.index.droplevel("attacker")).to_numpy()
+            add(f"attackers not trained against, {title}", table)
+    if found["left out"]:
+        add("patient by patient", protection_table(found["left out"], by=("patient", "attacker", "action")))
+        add("patient by patient, after a blur of 0.7 pixels", cleaning_table(found["left out"], by=("patient", "attacker")).xs("blur 0.7", level="cleaning"))
+        add("all patients", protection_table(found["left out"], by=("attacker", "action")))
+    if found["effects"]: add("unforged scans", pd.DataFrame(found["effects"]).set_index(["protector", "scan"]))
+    if found["spectra"]: add("noise power, protected / real", pd.DataFrame(found["spectra"]).pivot_table(index="protector", columns="band [1/mm]", values="protected / real"))
     for title, table in frames.items(): say(title, table)
     if store:
+        frames = stored | frames
         write_json(store, {"tables": {title: json.loads(table.reset_index().round(3).to_json(orient="split", index=False)) for title, table in frames.items()}, "keys": {title: list(table.index.names) for title, table in frames.items()}, "versions": versions()})
 
 
 def join(files):
     "Rows of several files."
     parts = [json.loads(Path(f).read_text(encoding="utf-8")) for f in files]
-    return {key: [row for part in parts for row in part[key]] for key in ("rows", "cleanings", "others", "effects", "spectra")}
+    return {key: [row for part in parts for row in part.get(key, [])] for key in KINDS}
 
 
 def alphas(a):
@@ -138,6 +167,8 @@ def main():
     p.add_argument("--places", type=int, default=50)
     p.add_argument("--few", type=int, default=12, help="places of the ascent and of the rarer cleanings; twice as many for scaled changes and unseen attackers")
     p.add_argument("--quick", action="store_true", help="at most 4 places, no cleaning but the blur; with --sweep-alphas: the paper's five values")
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    p.add_argument("--leave-one-out", type=Path, metavar="FOLDER", help="weights that leave one patient out each")
     p.add_argument("--out", type=Path, help="JSON of all rows")
     p.add_argument("--report", nargs="*", type=Path, help="files written with --out, to be joined")
     p.add_argument("--sweep-alphas", action="store_true")
@@ -146,8 +177,9 @@ def main():
     p.add_argument("--folder", type=Path, default=Path("alpha-sweep"), help="where the sweep's weights lie")
     p.add_argument("--store", type=Path, help="with --report: JSON of the tables; with --sweep-alphas: the sweep, as .npz")
     a = p.parse_args()
-    if a.quick: a.places, a.few, a.climb = min(a.places, 4), 2, min(a.climb, 4)
+    if a.quick: a.places, a.few, a.climb, a.parts = min(a.places, 4), 2, min(a.climb, 4), [part for part in a.parts if part != "cleanings"]
     if a.report: report(join(a.report), a.store)
+    elif a.leave_one_out: leave_one_out(a)
     elif a.sweep_alphas: alphas(a)
     else: measure(a)
 

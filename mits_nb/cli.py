@@ -848,18 +848,18 @@ def mits_train(
     parser.add_argument("part", choices=("attack", "protect", "detect"))
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="size of network, data and training (default: %(default)s)")
     parser.add_argument("--variant", choices=[v for part in VARIANTS.values() for v in part], help="attack: film or zeros, what stands in the hole before it is filled (chapter 9; default: the preset's). "
-                        "protect: plain (MITS-GAN of chapter 11), robust (the same, trained against attackers who clean the scan first) or tafim (chapter 12) (default: plain)")
+                        "protect: plain (MITS-GAN of chapter 11), robust (the same, trained against attackers who clean the scan first), released (network and losses of the published code) or tafim (chapter 12) (default: plain)")
     parser.add_argument("--out", help="folder for the weights (default: outputs/weights/NAME)")
     parser.add_argument("--attacker", action="append", metavar="NAME", help="weights to train against, for protect and detect; may be repeated, MITS-GAN and the detector then meet them all (default: ctgan-PRESET; with the preset tiny also ctgan-zeros-tiny, the attacker as published, which is the only one that TAFIM meets)")
     parser.add_argument("--protector", action="append", metavar="NAME", help="detect: weights whose honest output must not be taken for a forgery; may be repeated (default: mitsgan-PRESET; with the preset tiny also mitsgan-robust-tiny and tafim-tiny)")
     parser.add_argument("--data", help="folder of real scans to train on besides phantoms (default: the variable MITS_DATA)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hold-out", action="append", metavar="NAME", help="attack: a scan to leave out, by its name; may be repeated (default: LIDC-IDRI-0003)")
+    parser.add_argument("--hold-out", action="append", metavar="NAME", help="attack, protect: a scan to leave out, by its name; may be repeated (default: LIDC-IDRI-0003)")
     parser.add_argument("--pictures", metavar="FOLDER", help="attack: pictures of condition, generated and original as the training goes")
     return guarded(lambda: run_train(parser.parse_args(argv)))
 
 # %% ../nbs/21_cli.ipynb #f40e4529
-VARIANTS = {"attack": {"film": "ctgan", "zeros": "ctgan-zeros"}, "protect": {"plain": "mitsgan", "robust": "mitsgan-robust", "tafim": "tafim"}, "detect": {}}  # part -> variant -> what the names of its weights begin with
+VARIANTS = {"attack": {"film": "ctgan", "zeros": "ctgan-zeros"}, "protect": {"plain": "mitsgan", "robust": "mitsgan-robust", "released": "mitsgan-released", "tafim": "tafim"}, "detect": {}}  # part -> variant -> what the names of its weights begin with
 
 # %% ../nbs/21_cli.ipynb #89179988
 def load_attackers(
@@ -879,7 +879,8 @@ def run_train(
     args: argparse.Namespace, # Parsed words
 ) -> Path: # Folder of the weights
     "Call the training function of a part and check its output folder first."
-    if args.part != "attack" and (args.hold_out or args.pictures): raise UsageError("--hold-out and --pictures belong to mits_train attack")
+    if args.part != "attack" and args.pictures: raise UsageError("--pictures belongs to mits_train attack")
+    if args.hold_out and (args.part == "detect" or args.variant == "tafim"): raise UsageError("--hold-out belongs to mits_train attack, and to protect with a MITS-GAN")
     if args.variant and args.variant not in VARIANTS[args.part]: raise UsageError(f"mits_train {args.part} has no variant {args.variant!r}" + (f": use {' or '.join(VARIANTS[args.part])}" if VARIANTS[args.part] else ""))
     if args.data is not None and not Path(args.data).is_dir(): raise UsageError(f"{args.data} is not a folder of scans: check --data")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -887,17 +888,17 @@ def run_train(
     if args.part != "attack": attackers = load_attackers(args)
     name = VARIANTS[args.part].get(args.variant or {"attack": "film", "protect": "plain"}.get(args.part), "cascade")
     out = Path(args.out or f"outputs/weights/{name}-{args.preset}")
-    common = dict(preset=args.preset, out=check_output(out), data=args.data, seed=args.seed)
+    common = dict(preset=args.preset, out=check_output(out), data=args.data, seed=args.seed) | ({"held_out": tuple(args.hold_out)} if args.hold_out else {})
     if args.part == "attack":
         from mits_nb.attack.ctgan import ZEROS, train_ctgan
         start = {"zeros": ZEROS, "film": {"start": "film"}}.get(args.variant, {})
-        train_ctgan(**common, pictures=args.pictures, **start, **({"held_out": tuple(args.hold_out)} if args.hold_out else {}))
+        train_ctgan(**common, pictures=args.pictures, **start)
     else:
         if args.part == "protect":
-            from mits_nb.protect.mitsgan import ROBUST, train_mitsgan
+            from mits_nb.protect.mitsgan import RELEASED, ROBUST, train_mitsgan
             from mits_nb.protect.rivals import train_tafim
             if args.variant == "tafim": train_tafim(attacker=attackers[0], **common)
-            else: train_mitsgan(attacker=attackers, **common, **(ROBUST if args.variant == "robust" else {}))
+            else: train_mitsgan(attacker=attackers, **common, **{"robust": ROBUST, "released": RELEASED}.get(args.variant, {}))
         else:
             from mits_nb.detect.training import train_cascade
             from mits_nb.protect.rivals import load_protector

@@ -211,6 +211,11 @@ def test_training_calls_the_recipe_of_the_variant(tmp_path, capsys, monkeypatch)
     assert [a.settings.start for a in calls[0]["attacker"]] == ["film", "zeros"]
     assert mits_train(["protect", "--attacker", "ctgan-zeros-tiny", "--out", str(tmp_path / "w")]) == 0 and [a.settings.start for a in calls.pop()["attacker"]] == ["zeros"]
     assert mits_train(["protect", "--variant", "robust", "--out", str(tmp_path / "w")]) == 0 and set(calls[2]) == set(calls[0]) | set(mitsgan.ROBUST)
+    assert mits_train(["protect", "--variant", "released", "--hold-out", "A", "--hold-out", "B"]) == 0
+    released = calls.pop()
+    assert set(released) == set(calls[0]) | set(mitsgan.RELEASED) | {"held_out"} and released["held_out"] == ("A", "B") and released["out"].as_posix() == "outputs/weights/mitsgan-released-tiny"
+    for words in (["detect"], ["protect", "--variant", "tafim"]): assert mits_train([*words, "--hold-out", "A"]) == 2 and "--hold-out belongs to" in capsys.readouterr().err
+    assert mits_train(["protect", "--pictures", "folder"]) == 2 and "--pictures belongs to" in capsys.readouterr().err
     from mits_nb.protect import rivals
     monkeypatch.setattr(rivals, "train_tafim", lambda **words: calls.append(words))
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mits_nb.core import DataError, DetectError, OutputError, TrainError, UsageError, WeightsError, from_preset
-from mits_nb.detect.cascade import (REPORT_SCHEMA, TRUSTED, Cascade, CascadeConfig, Report, draw_heatmap, enough_in_a_row, fewer_components, find_regions, glcm, load_svm, predictive_value, quantised,
+from mits_nb.detect.cascade import (REPORT_SCHEMA, TRUSTED, Cascade, CascadeConfig, Report, divided, draw_heatmap, enough_in_a_row, fewer_components, find_regions, glcm, load_svm, predictive_value, quantised,
                                     reach_of, read_report, run_rule, slice_features, stored_types, train_svm, verdict_worth, with_neighbours)
 from mits_nb.detect.cnn import Detector
 from mits_nb.detect.windows import grid_shape, to_pixels, touched_slices
@@ -201,6 +201,48 @@ def test_two_places_are_two_regions_and_the_most_certain_comes_first():
     maps = np.maximum(volume(range(2, 10)) * .8, volume(range(8, 16), at=(80, 30)))
     regions = find_regions(maps, blank())
     assert [r["slices"][0] for r in regions] == [8, 2] and regions[0]["score"] > regions[1]["score"]
+
+
+def touching(columns, radius=5., n=14):
+    "Patches whose slopes meet above 0.4, as those of forgeries 30 to 40 mm apart do."
+    maps = np.zeros((n, 121, 121), np.float32)
+    for column in columns:
+        ball = np.exp(-((np.indices((121, 121)) - np.reshape((50, column), (2, 1, 1))) ** 2).sum(0) / 2 / radius ** 2)
+        maps[3:10] = np.maximum(maps[3:10], ball)
+    return maps
+
+
+def test_touching_patches_come_apart_between_their_peaks():
+    pair, single = touching((40, 52)), touching((40,))
+    assert len(find_regions(single, blank(14), .4)) == 1
+    regions = sorted(find_regions(pair, blank(14), .4), key=lambda r: r["centre_voxel"][2])
+    assert len(regions) == 2
+    for region, column in zip(regions, (40, 52)): assert np.allclose(region["centre_voxel"], (6, 15.5 + 200, 15.5 + 4 * column), atol=4)
+    assert regions[0]["box_voxel"][2][1] <= regions[1]["box_voxel"][2][0] + 4 # next to each other, not one inside the other
+
+
+def test_a_flat_ridge_or_close_peaks_are_one_patch():
+    steps = (2.5, 2.8, 2.8)
+    ridge = np.zeros((8, 30, 60), np.float32); ridge[:, 10:20, 5:55] = .99 # wide, but without a valley
+    close = touching((40, 47), radius=2.5) # 20 mm
+    for heat in (ridge, close):
+        assert divided(heat >= .3, heat, steps).max() == 1
+    parts = divided(touching((40, 52)) >= .4, touching((40, 52)), steps)
+    assert parts.max() == 2 and np.array_equal(parts > 0, touching((40, 52)) >= .4) # every cell belongs to a part, none is invented
+
+
+def test_a_part_that_does_not_last_is_no_region():
+    maps = touching((40,)) + 0
+    brief = touching((52,)); brief[6:] = 0 # three slices of seven
+    region, = find_regions(np.maximum(maps, brief), blank(14), .4)
+    assert abs(region["centre_voxel"][2] - (15.5 + 160)) < 6
+
+
+def test_the_centre_is_that_of_the_hotter_half():
+    "A lukewarm tail on one side must not pull the centre there."
+    maps = touching((40,)); tail = maps[3:10, 48:53, 40:56]; np.maximum(tail, .45, out=tail)
+    region, = find_regions(maps, blank(14), .4)
+    assert abs(region["centre_voxel"][2] - (15.5 + 160)) < 4 and region["box_voxel"][2][1] > 14 + 4 * 55
 
 
 def test_one_slice_scans_and_thick_slices_have_regions_too():

@@ -11,9 +11,10 @@ from mits_nb.attack.nets import n_trainable
 from mits_nb.attack.tamper import Tampering
 from mits_nb.core import ScanError, TrainError, UsageError, WeightsError, pick_compute, torch_rng
 from mits_nb.gan import checkpoints, read_checkpoint
-from mits_nb.protect.mitsgan import (MitsGAN, MitsganConfig, NoiseNet, Pattern, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, check_hu, cuboid_crop,
+from mits_nb.protect import mitsgan
+from mits_nb.protect.mitsgan import (RELEASED, MitsGAN, MitsganConfig, NoiseNet, Pattern, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, check_hu, cuboid_crop,
                                      evaluate_protection, finish_slices, folded, is_protected, local_mean, lung_doubts, lung_weight, middle_box, often, round_through, search_wave,
-                                     summarise_protection, train_mitsgan, with_masks)
+                                     summarise_protection, train_mitsgan, training_scans, with_masks)
 
 
 @pytest.fixture(scope="module")
@@ -384,6 +385,41 @@ def test_without_the_path_through_the_attacker_only_the_scan_itself_is_pushed(ph
     boxes = torch.zeros(protected.shape, dtype=torch.bool)
     for i, at in enumerate(batch["at"].tolist()): boxes[(i, *middle_box(at, tuple(batch["spacing"].tolist()), protected.shape[1:]))] = True
     assert slope[boxes].any() and not slope[~boxes].any()
+
+
+def test_the_released_loss_is_a_mean_square_in_units_of_half_the_range_and_pushes_the_square_alone(phantom):
+    scan = phantom[0]
+    padded = scan.with_hu(np.where(np.arange(scan.shape[2]) < 2, np.int16(-2048), scan.hu)) # padding is no part of the range
+    config = MitsganConfig(**{**SHORT, **{k: RELEASED[k] for k in ("variant", "noise", "squared", "through", "alpha", "fidelity")}})
+    batch = PlaceBatches([padded], config)(0, torch_rng(0))
+    low, high = batch["range"].tolist()
+    assert (low, high) == (max(scan.hu.min(), -1024), scan.hu.max())
+    task = ProtectTask(Protector(8, "released", noise="uniform"), ProtectorDiscriminator(4, "ours"), ToyAttacker(), config)
+    protected = task.protect(batch).detach().requires_grad_(True)
+    assert protected.min() >= min(low, batch["hu"].min()) - 1 and protected.max() <= high + 1
+    loss, _ = task.damage(batch, protected)
+    boxes, expected = torch.zeros(protected.shape, dtype=torch.bool), 0.0
+    for i, at in enumerate(batch["at"].tolist()):
+        box = middle_box(at, tuple(batch["spacing"].tolist()), protected.shape[1:])
+        boxes[(i, *box)] = True
+        with torch.no_grad(): expected += ((task.attack(batch, i, protected[i]) - protected[i])[box] / ((high - low) / 2)).square().mean().item() / len(protected)
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and expected > 0
+    slope, = torch.autograd.grad(loss, protected)
+    assert slope[boxes].any() and not slope[~boxes].any()
+
+
+def test_a_released_training_starts_from_small_weights_and_keeps_its_own_record(phantom):
+    before = train_mitsgan("tiny", None, ToyAttacker(), data=[phantom[0]], **{**RELEASED, **SHORT, "lr": 1e-9})
+    spread = torch.cat([m.weight.detach().flatten() for m in before.protector.body.modules() if isinstance(m, torch.nn.Conv2d)]).std()
+    assert spread == pytest.approx(0.02, rel=0.1)
+    assert "L_m" in before.history.rows[-1] and "damage [dB]" not in before.history.rows[-1]
+
+
+def test_patients_to_leave_out_can_be_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(mitsgan, "training_sources", lambda config, data: asked.append(config.held_out) or [])
+    training_scans(MitsganConfig(held_out=("A", "B"))); training_scans(MitsganConfig())
+    assert asked == [("A", "B"), ("LIDC-IDRI-0003",)]
 
 
 @pytest.mark.parametrize("variant", ["ours", "paper", "released"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'TRUSTED', 'REPORT_SCHEMA', 'PAGE_STYLE', 'REPORT_TEMPLATE', 'quantised', 'glcm', 'reach_of', 'with_neighbours',
            'CascadeConfig', 'slice_features', 'new_svm', 'fewer_components', 'train_svm', 'stored_types', 'load_svm',
-           'run_rule', 'enough_in_a_row', 'find_regions', 'note_slices', 'slice_truth', 'predictive_value',
+           'run_rule', 'enough_in_a_row', 'divided', 'find_regions', 'note_slices', 'slice_truth', 'predictive_value',
            'verdict_worth', 'Report', 'read_report', 'region_table', 'slices_of', 'draw_heatmap', 'report_figure',
            'region_figure', 'figure_png', 'embedded', 'report_page', 'Cascade', 'file_sha256', 'save_cascade',
            'load_cascade', 'window_at', 'window_picture', 'glcm_picture', 'as_report', 'as_truth', 'inspector_overlays',
@@ -91,7 +91,7 @@ class CascadeConfig:
     threshold: float = .5 # Of a slice's probability
     hot: float = .5 # Of a window's probability, from which it belongs to a region
     sure: float = .85 # Of a region's score, from which it is reported
-    presets: ClassVar[dict[str, dict]] = {"tiny": dict(levels=16, components=8, log_counts=True, floor=.5, depth_mm=7.5, hot=.6, sure=.8), "full": {}}
+    presets: ClassVar[dict[str, dict]] = {"tiny": dict(levels=16, components=8, log_counts=True, floor=.5, depth_mm=7.5, hot=.7, sure=.9), "full": {}}
 
 # %% ../../nbs/17_detect.cascade.ipynb #f146e133
 def slice_features(
@@ -221,6 +221,62 @@ def enough_in_a_row(
     "Are there `needed` hits among some `among` consecutive slices?"
     return bool((np.convolve(hits.astype(int), np.ones(among, int)) >= needed).any())
 
+# %% ../../nbs/17_detect.cascade.ipynb #3f019045
+def _peaks(
+    field: np.ndarray, # (z, rows, columns), smooth
+    steps: np.ndarray, # (3,) mm from cell to cell
+    apart_mm: float, # Least distance of two peaks
+    valley: float, # The straight way to every higher peak falls below this share of the lower one
+) -> list[np.ndarray]: # Cells (z, row, column), highest first
+    "Local maxima that are truly apart."
+    from scipy import ndimage as ndi
+    found = []
+    cells = np.stack(np.nonzero((field == ndi.maximum_filter(field, 3)) & (field > 0)), 1)
+    heights = field[tuple(cells.T)]
+    for at, height in sorted(zip(cells, heights), key=lambda pair: -pair[1]):
+        if any(np.linalg.norm((at - other) * steps) < apart_mm for other in found): continue
+        ways = [other + np.linspace(0, 1, 25)[:, None] * (at - other) for other in found]
+        if all(ndi.map_coordinates(field, way.T, order=1).min() < valley * height for way in ways): found.append(at)
+    return found
+
+# %% ../../nbs/17_detect.cascade.ipynb #c3b94d7c
+def divided(
+    patch: np.ndarray, # bool (z, rows, columns), connected cells
+    heat: np.ndarray, # Their probabilities, same shape
+    steps: np.ndarray, # (3,) mm from cell to cell
+    blur_mm: float = 3., # Standard deviation of the blur before peaks are looked for
+    apart_mm: float = 25., # Least distance of two peaks
+    valley: float = .9, # How deep the way between them must fall, as a share of the lower peak
+) -> np.ndarray: # int, same shape: 0 outside the patch, 1, 2, ... its parts
+    "Divide a patch that holds several peaks between them (watershed)."
+    from scipy import ndimage as ndi
+    from skimage.segmentation import watershed
+    field = ndi.gaussian_filter(np.where(patch, heat, 0), blur_mm / np.asarray(steps), mode="constant")
+    found = _peaks(field, steps, apart_mm, valley)
+    if len(found) < 2: return patch.astype(int)
+    markers = np.zeros(patch.shape, int)
+    for number, at in enumerate(found, 1): markers[tuple(at)] = number
+    return watershed(-field, markers, mask=patch)
+
+# %% ../../nbs/17_detect.cascade.ipynb #71ca00c4
+def _region(
+    where: np.ndarray, # bool (z, rows, columns), its hot cells
+    heat: np.ndarray, # Probabilities, same shape
+    box: tuple[slice, slice, slice], # Where both lie in the heatmaps
+    scan, # `Scan`
+) -> dict: # As in `find_regions`
+    "One region in voxels and in millimetres. Its centre is that of the hotter half of its cells: the rim of a patch depends on what surrounds the forgery."
+    hits = where.any((1, 2))
+    index, values = np.stack(np.nonzero(where), 1) + [b.start for b in box], heat[where]
+    centre = index[values >= np.median(values)].mean(0) * (1, 4, 4) + (0, 15.5, 15.5) # the middle of the pixels 4 i ... 4 i + 31
+    first, end = index.min(0) * (1, 4, 4) + (0, 14, 14), (index.max(0) + 1) * (1, 4, 4) + (0, 14, 14) # a cell stands for 4 x 4 pixels, see `to_pixels`
+    return {"centre_voxel": [round(float(c), 2) for c in centre],
+            "centre_mm": [round(float(c), 2) for c in scan.voxel_to_world(centre)],
+            "size_mm": [round(float(e), 2) for e in (end - first) * scan.spacing],
+            "box_voxel": [[int(a), int(b)] for a, b in zip(first, end)],
+            "score": round(float(np.where(where, heat, 0).max((1, 2))[hits].mean()), 4),
+            "slices": [int(z) for z in np.flatnonzero(hits) + box[0].start]}
+
 # %% ../../nbs/17_detect.cascade.ipynb #0d976a6f
 def find_regions(
     heatmaps: np.ndarray, # (z, rows, columns), 0..1
@@ -228,31 +284,21 @@ def find_regions(
     hot: float = .5, # Probability from which a window belongs to a region
     sure: float = 0., # Least score of a region: its highest probability in each slice, averaged
 ) -> list[dict]: # centre_voxel (z, y, x), centre_mm (x, y, z), size_mm (z, y, x), box_voxel ((first, end) along z, y, x), score, slices; most certain first
-    "Connect hot windows across slices, and keep what holds through enough consecutive slices (paper, section 4.1, evaluation, with `run_rule`)."
+    "Connect hot windows across slices, divide patches with several peaks, and keep what holds through enough consecutive slices (paper, section 4.1, evaluation, with `run_rule`)."
     from scipy import ndimage as ndi
     cells = heatmaps >= hot
     bridged = cells.copy()
     if len(cells) > 2: bridged[1:-1] |= cells[:-2] & cells[2:] # one slice may miss
     labels, n = ndi.label(bridged, np.ones((3, 3, 3)))
-    needed, among = run_rule(scan.spacing[0], len(heatmaps))
-    regions = []
+    steps, rule, regions = np.abs(scan.spacing) * (1, 4, 4), run_rule(scan.spacing[0], len(heatmaps)), []
+    def lasts(where): return enough_in_a_row(where.any((1, 2)), *rule)
     for i, box in enumerate(ndi.find_objects(labels), 1):
-        where = (labels[box] == i) & cells[box]
-        hits = where.any((1, 2))
-        if not enough_in_a_row(hits, needed, among): continue
-        weight = np.where(where, heatmaps[box], 0)
-        score = float(weight.max((1, 2))[hits].mean())
-        if score < sure: continue
-        index = np.stack(np.nonzero(where), 1) + [b.start for b in box]
-        centre = (index * weight[where][:, None]).sum(0) / weight.sum() * (1, 4, 4) + (0, 15.5, 15.5) # the middle of the pixels 4 i ... 4 i + 31
-        first, end = index.min(0) * (1, 4, 4) + (0, 14, 14), (index.max(0) + 1) * (1, 4, 4) + (0, 14, 14) # a cell stands for 4 x 4 pixels, see `to_pixels`
-        regions.append({"centre_voxel": [round(float(c), 2) for c in centre],
-                        "centre_mm": [round(float(c), 2) for c in scan.voxel_to_world(centre)],
-                        "size_mm": [round(float(e), 2) for e in (end - first) * scan.spacing],
-                        "box_voxel": [[int(a), int(b)] for a, b in zip(first, end)],
-                        "score": round(score, 4),
-                        "slices": [int(z) for z in np.flatnonzero(hits) + box[0].start]})
-    return sorted(regions, key=lambda region: -region["score"])
+        patch = labels[box] == i
+        if not lasts(patch & cells[box]): continue
+        parts = divided(patch, heatmaps[box], steps)
+        for part in range(1, parts.max() + 1):
+            if lasts(where := (parts == part) & cells[box]): regions.append(_region(where, heatmaps[box], box, scan))
+    return sorted([region for region in regions if region["score"] >= sure], key=lambda region: -region["score"])
 
 # %% ../../nbs/17_detect.cascade.ipynb #f9bc6e39
 def note_slices(
