@@ -1,6 +1,6 @@
 """How well do protections hold, on scans that nobody trained on?
 
-    MITS_DATA=folder python benchmarks/protection.py [--weights mitsgan-tiny mitsgan-robust-tiny] [--places 50] [--parts cost others] [--quick] [--scans 0 1] [--out protection.json]
+    MITS_DATA=folder python benchmarks/protection.py [--weights mitsgan-tiny ...] [--places 50] [--parts cost others] [--quick] [--scans 0 1] [--out protection.json]
     MITS_DATA=folder python benchmarks/protection.py --leave-one-out FOLDER [--out left-out.json]
     python benchmarks/protection.py --report FILE... --store protection.json
     python benchmarks/protection.py --sweep-alphas [--steps 200] [--folder FOLDER] [--store sweep.npz]
@@ -23,6 +23,7 @@ from mits_nb.attack.ctgan import CTGAN, HELD_OUT, clear_places, held_out_scans
 from mits_nb.core import DataError, read_json, versions, write_json
 from mits_nb.data import development_scans, lung_mask, lung_places
 from mits_nb.phantom import make_phantom
+from mits_nb.protect.losses import clean_jpeg_ls
 from mits_nb.protect.mitsgan import MitsGAN, train_mitsgan, with_masks
 from mits_nb.protect.rivals import GaussianNoise, Nothing, Pgd, Tafim
 from mits_nb.protect.sweep import (CLEANING_TESTS, PAPER_ALPHAS, Scaled, WIDER_ALPHAS, cleaning_table, measure_protection, noise_spectra, protected_twin, protection_table, protector_name,
@@ -30,6 +31,7 @@ from mits_nb.protect.sweep import (CLEANING_TESTS, PAPER_ALPHAS, Scaled, WIDER_A
 
 
 PARTS = ("cost", "cleanings", "others", "effects")
+RARER = CLEANING_TESTS | {"jpeg-ls": clean_jpeg_ls} # JPEG-LS is tested, not trained against: its package is not among those that the library needs
 KINDS = ("rows", "cleanings", "others", "effects", "spectra", "left out")
 
 
@@ -53,14 +55,14 @@ def measure_scan(a, source, mains, unseen):
     ours = [MitsGAN.from_pretrained(w) for w in a.weights]
     fixed = [Nothing(), GaussianNoise(a.noise), *([Tafim.from_pretrained(a.tafim)] if a.tafim else []), *ours]
     scaled = [Scaled(p, f) for p in fixed[1:] for f in a.factors]
-    few, rest = places[: a.few], [name for name in CLEANING_TESTS if name not in ("nothing", "blur 0.7")]
+    few, rarer = places[: a.few], {name: RARER[name] for name in ("nothing", *a.cleanings)}
     found = {key: [] for key in KINDS}
     for name, attacker in mains.items() if "cost" in a.parts else ():
         extra = dict(patient=source.name, extra={"attacker": name})
         found["rows"] += measure_protection(fixed, attacker, source.scan, places, ("nothing", "blur 0.7"), **extra)
         found["rows"] += measure_protection(scaled, attacker, source.scan, places[: 2 * a.few], **extra)
         if a.bounds: found["rows"] += measure_protection(climbers(attacker, few, a.bounds, a.climb), attacker, source.scan, few, ("nothing", "blur 0.7"), **extra)
-        if "cleanings" in a.parts: found["cleanings"] += measure_protection(ours, attacker, source.scan, few, ("nothing", *rest), **extra)
+        if "cleanings" in a.parts: found["cleanings"] += measure_protection(ours, attacker, source.scan, few, rarer, **extra)
     for name, attacker in unseen.items() if "others" in a.parts else (): found["others"] += measure_protection([GaussianNoise(a.noise), *ours], attacker, source.scan, places[: 2 * a.few], patient=source.name, extra={"attacker": name})
     for p in fixed[1:] if "effects" in a.parts else ():
         twin = protected_twin(p, source.scan)
@@ -153,7 +155,7 @@ def alphas(a):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--weights", nargs="*", default=["mitsgan-tiny", "mitsgan-robust-tiny"], help="protectors: shipped names or folders")
+    p.add_argument("--weights", nargs="*", default=["mitsgan-tiny", "mitsgan-robust-tiny", "mitsgan-released-tiny"], help="protectors: shipped names or folders")
     p.add_argument("--tafim", default="tafim-tiny", help="weights of TAFIM; an empty word leaves it out")
     p.add_argument("--noise", type=float, default=20.0, help="standard deviation of the Gaussian noise, HU")
     p.add_argument("--factors", nargs="*", type=float, default=[0.5, 2.0], help="scale the change of each protector, for the front")
@@ -168,6 +170,7 @@ def main():
     p.add_argument("--few", type=int, default=12, help="places of the ascent and of the rarer cleanings; twice as many for scaled changes and unseen attackers")
     p.add_argument("--quick", action="store_true", help="at most 4 places, no cleaning but the blur; with --sweep-alphas: the paper's five values")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    p.add_argument("--cleanings", nargs="+", choices=[name for name in RARER if name not in ("nothing", "blur 0.7")], metavar="NAME", help="the rarer ones (default: all)")
     p.add_argument("--leave-one-out", type=Path, metavar="FOLDER", help="weights that leave one patient out each")
     p.add_argument("--out", type=Path, help="JSON of all rows")
     p.add_argument("--report", nargs="*", type=Path, help="files written with --out, to be joined")
@@ -177,6 +180,7 @@ def main():
     p.add_argument("--folder", type=Path, default=Path("alpha-sweep"), help="where the sweep's weights lie")
     p.add_argument("--store", type=Path, help="with --report: JSON of the tables; with --sweep-alphas: the sweep, as .npz")
     a = p.parse_args()
+    a.cleanings = a.cleanings or [name for name in RARER if name not in ("nothing", "blur 0.7")]
     if a.quick: a.places, a.few, a.climb, a.parts = min(a.places, 4), 2, min(a.climb, 4), [part for part in a.parts if part != "cleanings"]
     if a.report: report(join(a.report), a.store)
     elif a.leave_one_out: leave_one_out(a)

@@ -20,12 +20,13 @@ SHIPPED = {
     "ctgan-zeros-tiny": ("forger; the hole starts empty, as published", "09_attack.ctgan", "mits_train attack --variant zeros --out {}"),
     "mitsgan-tiny": ("protector", "11_protect.mitsgan", "mits_train protect --out {}"),
     "mitsgan-robust-tiny": ("protector, trained against forgers who clean first", "11_protect.mitsgan", "mits_train protect --variant robust --out {}"),
+    "mitsgan-released-tiny": ("protector, network and losses of the released code", "11_protect.mitsgan", "mits_train protect --variant released --out {}"),
     "tafim-tiny": ("rival of the protector", "12_protect.rivals", "mits_train protect --variant tafim --out {}"),
     "cascade-tiny": ("detector", "18_detect.training", "mits_train detect --out {}"),
     "cyclegan-tiny": ("second forger for the detector: takes noise out", "19_detect.rivals", "python -c \"from mits_nb.detect.rivals import train_cyclegan; train_cyclegan('tiny', '{}')\""),
 }
 ATTACK = "MITS_DATA=scans python benchmarks/attack_quality.py --leave-one-out FOLDER --out mits_nb/weights/ctgan-tiny/leave_one_out.json"
-PROTECT = "MITS_DATA=scans python benchmarks/protection.py --weights mitsgan-tiny mitsgan-robust-tiny --out protection.json\npython benchmarks/protection.py --report protection.json --store mits_nb/weights/mitsgan-tiny/protection.json"
+PROTECT = "MITS_DATA=scans python benchmarks/protection.py --weights mitsgan-tiny mitsgan-robust-tiny mitsgan-released-tiny --out protection.json\npython benchmarks/protection.py --report protection.json --store mits_nb/weights/mitsgan-tiny/protection.json"
 DETECT = ("MITS_DATA=scans python benchmarks/detection.py --scans real --unseen NAME=FOLDER ... --out real.json\n"
           "python benchmarks/detection.py --scans phantom --places 6 --rounds 3 --unseen NAME=FOLDER ... --out phantom.json\n"
           "python benchmarks/detection.py --report real.json phantom.json --store mits_nb/weights/cascade-tiny/detection.json")

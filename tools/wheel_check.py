@@ -19,7 +19,7 @@ modules = [m.name for m in pkgutil.walk_packages(mits_nb.__path__, "mits_nb.") i
 for name in modules: importlib.import_module(name)
 assert "site-packages" in mits_nb.__file__, mits_nb.__file__
 from mits_nb.core import weights_path
-for name in ("ctgan-tiny", "ctgan-zeros-tiny", "mitsgan-tiny", "mitsgan-robust-tiny", "tafim-tiny", "cascade-tiny", "cyclegan-tiny", "arena-tiny"): weights_path(name, "card.md")
+for name in ("ctgan-tiny", "ctgan-zeros-tiny", "mitsgan-tiny", "mitsgan-robust-tiny", "mitsgan-released-tiny", "tafim-tiny", "cascade-tiny", "cyclegan-tiny", "arena-tiny"): weights_path(name, "card.md")
 weights_path("mitsgan-sweep", "sweep.npz")
 from mits_nb.data import load_manifest
 load_manifest("luna16")

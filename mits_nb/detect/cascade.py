@@ -91,7 +91,7 @@ class CascadeConfig:
     threshold: float = .5 # Of a slice's probability
     hot: float = .5 # Of a window's probability, from which it belongs to a region
     sure: float = .85 # Of a region's score, from which it is reported
-    presets: ClassVar[dict[str, dict]] = {"tiny": dict(levels=16, components=8, log_counts=True, floor=.5, depth_mm=7.5, hot=.7, sure=.9), "full": {}}
+    presets: ClassVar[dict[str, dict]] = {"tiny": dict(levels=16, components=8, log_counts=True, floor=.5, depth_mm=7.5, hot=.6, sure=.8), "full": {}}
 
 # %% ../../nbs/17_detect.cascade.ipynb #f146e133
 def slice_features(

@@ -347,7 +347,7 @@ def scan_range(
 ROBUST = dict(cleanings=tuple(CLEANINGS), masks=(20, 16), band_mm=(7.0, 12.0), search=(4, 8, 2), smooth=True, steps=300) # For `train_mitsgan(..., **ROBUST)`: every cleaning, both holes, and nothing so fine that a blur takes it away
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #f9915338
-RELEASED = dict(variant="released", width=32, noise="uniform", alpha=0.1, squared=True, through=False, fidelity=0.0, lr=2e-4, steps=700) # For `train_mitsgan(..., **RELEASED)`: losses and network of the released code
+RELEASED = dict(variant="released", width=32, noise="uniform", alpha=0.1, squared=True, through=False, fidelity=1.0, lr=1e-3, steps=450) # For `train_mitsgan(..., **RELEASED)`: network and losses of the released code, and a price of the change
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #5f1e11a9
 def with_masks(
@@ -389,10 +389,14 @@ class ProtectTask(Task):
                                             spacing, batch["phase"].repeat_interleave(z, 0), tuple(batch["range"].tolist()))
         return finish_slices(slices.float().view_as(hu), hu)
 
-    def update_discriminator(self, hu: Tensor, protected: Tensor, backward: Callable) -> Tensor:
+    def shown(self, batch: dict, hu: Tensor) -> Tensor:
+        "What D gets of crops: our variant shows it the lung window, the published ones the whole range."
+        return _for_discriminator(hu, None if self.config.variant == "ours" else tuple(batch["range"].tolist()))
+
+    def update_discriminator(self, batch: dict, protected: Tensor, backward: Callable) -> Tensor:
         "Maximise L_d over D. `detach`: this step must not reach into G."
         d = self.networks["discriminator"]
-        loss = -domain_loss(d(_for_discriminator(hu)), d(_for_discriminator(protected.detach())))
+        loss = -domain_loss(d(self.shown(batch, batch["hu"])), d(self.shown(batch, protected.detach())))
         self.optimizers["discriminator"].zero_grad(); backward(loss); self.optimizers["discriminator"].step()
         return loss.detach()
 
@@ -427,9 +431,9 @@ class ProtectTask(Task):
         c, hu = self.config, batch["hu"]
         self.optimizers["protector"].param_groups[0]["lr"] = c.lr * (1 + math.cos(math.pi * min(self.step / c.steps, 1))) / 2
         protected = self.protect(batch)
-        d_loss = self.update_discriminator(hu, protected, backward)
+        d_loss = self.update_discriminator(batch, protected, backward)
         damage, lost = self.damage(batch, protected)
-        fool = fooling_loss(self.networks["discriminator"](_for_discriminator(protected)))
+        fool = fooling_loss(self.networks["discriminator"](self.shown(batch, protected)))
         change = ((protected - hu) / c.strength_hu).square().mean()
         loss = fool - c.alpha * (damage if c.squared else damage / 10) + c.fidelity * change  # Eq. (6) of chapter 10, the damage in units of 10 dB, and the price of the change
         self.optimizers["protector"].zero_grad(); backward(loss); self.optimizers["protector"].step()
@@ -467,9 +471,13 @@ def search_wave(
 # %% ../../nbs/11_protect.mitsgan.ipynb #1763d2b6
 def _for_discriminator(
     hu: Tensor, # Crops (K, z, y, x) in HU
-) -> Tensor: # Slices (K z, 1, y, x), the lung window on [-1, 1]
-    "What D sees."
-    return ((hu.flatten(0, 1)[:, None] + 600) / 750).clamp(-1.5, 1.5)
+    value_range: tuple[float, float] | None = None, # HU that map to -1 and 1, nothing clipped; None for the lung window
+) -> Tensor: # Slices (K z, 1, y, x)
+    "What D sees: the lung window on [-1, 1], a little more on either side; or, as published, the whole range of the scan."
+    hu = hu.flatten(0, 1)[:, None]
+    if value_range is None: return ((hu + 600) / 750).clamp(-1.5, 1.5)
+    low, high = value_range
+    return (hu - low) / (high - low) * 2 - 1
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #2bfb1a04
 def middle_box(
