@@ -225,7 +225,8 @@ def test_a_flat_ridge_or_close_peaks_are_one_patch():
     steps = (2.5, 2.8, 2.8)
     ridge = np.zeros((8, 30, 60), np.float32); ridge[:, 10:20, 5:55] = .99 # wide, but without a valley
     close = touching((40, 47), radius=2.5) # 20 mm
-    for heat in (ridge, close):
+    full = np.ones((12, 121, 121), np.float32) # saturated everywhere: hundreds of thousands of equal maxima are one plain
+    for heat in (ridge, close, full):
         assert divided(heat >= .3, heat, steps).max() == 1
     parts = divided(touching((40, 52)) >= .4, touching((40, 52)), steps)
     assert parts.max() == 2 and np.array_equal(parts > 0, touching((40, 52)) >= .4) # every cell belongs to a part, none is invented

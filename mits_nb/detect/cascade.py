@@ -230,13 +230,15 @@ def _peaks(
 ) -> list[np.ndarray]: # Cells (z, row, column), highest first
     "Local maxima that are truly apart."
     from scipy import ndimage as ndi
-    found = []
-    cells = np.stack(np.nonzero((field == ndi.maximum_filter(field, 3)) & (field > 0)), 1)
-    heights = field[tuple(cells.T)]
-    for at, height in sorted(zip(cells, heights), key=lambda pair: -pair[1]):
+    plains, n = ndi.label((field == ndi.maximum_filter(field, 3)) & (field > 0), np.ones((3, 3, 3))) # saturated windows make plains: one candidate each, near its middle
+    candidates, found = [], []
+    for number, box in enumerate(ndi.find_objects(plains), 1):
+        cells = np.argwhere(plains[box] == number)
+        candidates.append(cells[((cells - cells.mean(0)) ** 2).sum(1).argmin()] + [b.start for b in box])
+    for at in sorted(candidates, key=lambda at: -field[tuple(at)]):
         if any(np.linalg.norm((at - other) * steps) < apart_mm for other in found): continue
-        ways = [other + np.linspace(0, 1, 25)[:, None] * (at - other) for other in found]
-        if all(ndi.map_coordinates(field, way.T, order=1).min() < valley * height for way in ways): found.append(at)
+        ways = (other + np.linspace(0, 1, 25)[:, None] * (at - other) for other in found)
+        if all(ndi.map_coordinates(field, way.T, order=1).min() < valley * field[tuple(at)] for way in ways): found.append(at)
     return found
 
 # %% ../../nbs/17_detect.cascade.ipynb #c3b94d7c
