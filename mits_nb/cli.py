@@ -848,7 +848,7 @@ def mits_train(
     parser.add_argument("part", choices=("attack", "protect", "detect"))
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="size of network, data and training (default: %(default)s)")
     parser.add_argument("--variant", choices=[v for part in VARIANTS.values() for v in part], help="attack: film or zeros, what stands in the hole before it is filled (chapter 9; default: the preset's). "
-                        "protect: plain (MITS-GAN of chapter 11), robust (the same, trained against attackers who clean the scan first), released (network and losses of the published code) or tafim (chapter 12) (default: plain)")
+                        "protect: plain (MITS-GAN of chapter 11), robust (the same, trained against attackers who clean the scan first), released (network and losses of the published code, and a price of the change) or tafim (chapter 12) (default: plain)")
     parser.add_argument("--out", help="folder for the weights (default: outputs/weights/NAME)")
     parser.add_argument("--attacker", action="append", metavar="NAME", help="weights to train against, for protect and detect; may be repeated, MITS-GAN and the detector then meet them all (default: ctgan-PRESET; with the preset tiny also ctgan-zeros-tiny, the attacker as published, which is the only one that TAFIM meets)")
     parser.add_argument("--protector", action="append", metavar="NAME", help="detect: weights whose honest output must not be taken for a forgery; may be repeated (default: mitsgan-PRESET; with the preset tiny also mitsgan-robust-tiny and tafim-tiny)")
@@ -898,7 +898,10 @@ def run_train(
             from mits_nb.protect.mitsgan import RELEASED, ROBUST, train_mitsgan
             from mits_nb.protect.rivals import train_tafim
             if args.variant == "tafim": train_tafim(attacker=attackers[0], **common)
-            else: train_mitsgan(attacker=attackers, **common, **{"robust": ROBUST, "released": RELEASED}.get(args.variant, {}))
+            else:
+                recipe = {"robust": ROBUST, "released": RELEASED}.get(args.variant, {})
+                if args.preset != "tiny": recipe = {key: value for key, value in recipe.items() if key not in ("width", "steps", "lr")} # these belong to tiny
+                train_mitsgan(attacker=attackers, **common, **recipe)
         else:
             from mits_nb.detect.training import train_cascade
             from mits_nb.protect.rivals import load_protector

@@ -724,7 +724,7 @@ ATTACKERS = {"plain": ("ctgan", "nothing"), "blur first": ("ctgan", "blur 0.7"),
              "other CT-GAN": ("zeros", "nothing"), "soap film": ("film", "nothing"), "copy-move": ("copy", "nothing")} # Name -> (forger, what is done to the scan first)
 
 # %% ../nbs/20_evaluate.ipynb #852afc87
-PROTECTIONS = ("none", "noise", "TAFIM", "MITS-GAN", "MITS-GAN robust", "MITS-GAN released", "PGD") # The last but one is our training of the released code; its authors' weights were not to be had
+PROTECTIONS = ("none", "noise", "TAFIM", "MITS-GAN", "MITS-GAN robust", "MITS-GAN released", "PGD") # The last but one is our training of the released network, with a price of the change; its authors' weights were not to be had
 
 # %% ../nbs/20_evaluate.ipynb #d9d44bc2
 def forger_of(
@@ -1192,7 +1192,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 {% for f in figures %}<h2>{{ f.paper_title }}, {{ f.figure }}</h2><img alt="{{ f.caption }}" src="data:image/png;base64,{{ f.png }}"><p class="why">{{ f.caption }}</p>{% endfor %}
 {% if arena %}<h2>The arena</h2><p>Each cell: {{ arena.cells[0].n }} forged places in {{ arena.cells[0].patients }} patient{{ 's' if arena.cells[0].patients != 1 }}.</p>{% for h in heats %}<h3>{{ h.title }}</h3><div class="scroll"><table class="heat"><thead><tr><th></th>{% for c in h.columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>{% for name, cells in h.rows %}<tr><td>{{ name }}</td>{% for c in cells %}<td style="background:{{ c.colour }}">{{ c.text }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endfor %}
 {% for t in arena_tables %}<h3>{{ t.title }}</h3><div class="scroll"><table><thead><tr>{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>{% for line in t.rows %}<tr>{% for c in line %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endfor %}
-<h3>Findings</h3><ul>{% for f in arena.findings %}<li>{{ f }}</li>{% endfor %}</ul><p class="why">Not in the arena: {{ arena.absent|join('; ') }}.</p>{% endif %}
+<h3>Findings</h3><ul>{% for f in arena.findings %}<li>{{ f }}</li>{% endfor %}</ul>{% if arena.absent %}<p class="why">Not in the arena: {{ arena.absent|join('; ') }}.</p>{% endif %}{% endif %}
 <h2>What this was made from</h2><div class="scroll"><table><thead><tr><th>scan</th><th>voxels</th><th>spacing, mm</th><th>fingerprint</th></tr></thead><tbody>{% for name, s in about.scans.items() %}<tr><td>{{ name }}</td><td>{{ s.shape|join(' x ') }}</td><td>{{ s.spacing|join(' x ') }}</td><td><code>{{ s.voxels }}</code></td></tr>{% endfor %}</tbody></table></div>
 <p><small>Weights: {% for k, v in about.weights.items() %}{{ k }} <code>{{ v }}</code>{{ ', ' if not loop.last }}{% endfor %}. Settings: {% for k, v in about.settings.items() %}{{ k }} {{ v }}{{ ', ' if not loop.last }}{% endfor %}.</small></p></body></html>"""
 

@@ -211,9 +211,12 @@ def test_training_calls_the_recipe_of_the_variant(tmp_path, capsys, monkeypatch)
     assert [a.settings.start for a in calls[0]["attacker"]] == ["film", "zeros"]
     assert mits_train(["protect", "--attacker", "ctgan-zeros-tiny", "--out", str(tmp_path / "w")]) == 0 and [a.settings.start for a in calls.pop()["attacker"]] == ["zeros"]
     assert mits_train(["protect", "--variant", "robust", "--out", str(tmp_path / "w")]) == 0 and set(calls[2]) == set(calls[0]) | set(mitsgan.ROBUST)
-    assert mits_train(["protect", "--variant", "released", "--hold-out", "A", "--hold-out", "B"]) == 0
+    assert mits_train(["protect", "--variant", "released", "--hold-out", "A", "--hold-out", "B", "--out", str(tmp_path / "mitsgan-released-tiny")]) == 0
     released = calls.pop()
-    assert set(released) == set(calls[0]) | set(mitsgan.RELEASED) | {"held_out"} and released["held_out"] == ("A", "B") and released["out"].as_posix() == "outputs/weights/mitsgan-released-tiny"
+    assert set(released) == set(calls[0]) | set(mitsgan.RELEASED) | {"held_out"} and released["held_out"] == ("A", "B")
+    for variant in ("robust", "released"): # what makes them tiny does not make a full training small
+        assert mits_train(["protect", "--preset", "full", "--variant", variant, "--attacker", "ctgan-tiny", "--out", str(tmp_path / "w")]) == 0
+        assert not {"width", "steps", "lr"} & set(full := calls.pop()) and full["preset"] == "full" and (full.get("cleanings") or full.get("variant") == "released")
     for words in (["detect"], ["protect", "--variant", "tafim"]): assert mits_train([*words, "--hold-out", "A"]) == 2 and "--hold-out belongs to" in capsys.readouterr().err
     assert mits_train(["protect", "--pictures", "folder"]) == 2 and "--pictures belongs to" in capsys.readouterr().err
     from mits_nb.protect import rivals

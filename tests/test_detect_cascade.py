@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage as ndi
 
 from mits_nb.core import DataError, DetectError, OutputError, TrainError, UsageError, WeightsError, from_preset
 from mits_nb.detect.cascade import (REPORT_SCHEMA, TRUSTED, Cascade, CascadeConfig, Report, divided, draw_heatmap, enough_in_a_row, fewer_components, find_regions, glcm, load_svm, predictive_value, quantised,
@@ -221,12 +222,14 @@ def test_touching_patches_come_apart_between_their_peaks():
     assert regions[0]["box_voxel"][2][1] <= regions[1]["box_voxel"][2][0] + 4 # next to each other, not one inside the other
 
 
-def test_a_flat_ridge_or_close_peaks_are_one_patch():
+def test_a_flat_ridge_or_close_peaks_are_one_patch(monkeypatch):
     steps = (2.5, 2.8, 2.8)
     ridge = np.zeros((8, 30, 60), np.float32); ridge[:, 10:20, 5:55] = .99 # wide, but without a valley
     close = touching((40, 47), radius=2.5) # 20 mm
-    full = np.ones((12, 121, 121), np.float32) # saturated everywhere: hundreds of thousands of equal maxima are one plain
-    for heat in (ridge, close, full):
+    full, ways, real = np.ones((12, 121, 121), np.float32), [], ndi.map_coordinates # saturated everywhere: more than 100,000 equal maxima are one plain, not as many candidates
+    monkeypatch.setattr(ndi, "map_coordinates", lambda *args, **kwargs: ways.append(args) or real(*args, **kwargs))
+    assert divided(full > 0, full, steps).max() == 1 and len(ways) < 10
+    for heat in (ridge, close):
         assert divided(heat >= .3, heat, steps).max() == 1
     parts = divided(touching((40, 52)) >= .4, touching((40, 52)), steps)
     assert parts.max() == 2 and np.array_equal(parts > 0, touching((40, 52)) >= .4) # every cell belongs to a part, none is invented
@@ -237,6 +240,12 @@ def test_a_part_that_does_not_last_is_no_region():
     brief = touching((52,)); brief[6:] = 0 # three slices of seven
     region, = find_regions(np.maximum(maps, brief), blank(14), .4)
     assert abs(region["centre_voxel"][2] - (15.5 + 160)) < 6
+
+
+def test_a_patch_whose_parts_do_not_last_stays_one_region():
+    early, late = touching((40,)), touching((52,)); early[7:] = 0; late[:6] = 0
+    region, = find_regions(np.maximum(early, late), blank(14), .4)
+    assert region["slices"] == list(range(3, 10))
 
 
 def test_the_centre_is_that_of_the_hotter_half():

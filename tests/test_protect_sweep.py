@@ -1,5 +1,6 @@
 """Measuring protection: zeros that must be zero, intervals by patient, stored sweeps, and the slider without a browser."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -333,3 +334,50 @@ def test_still_picture_without_a_front_end(result):
     data = explorer._repr_mimebundle_()
     assert set(data) == {"text/plain", "image/png"} and "strength, 3 values" in data["text/plain"] and len(explorer.still()) < 100_000
     json.dumps(data)
+
+
+# --- benchmarks/protection.py ---
+
+@pytest.fixture
+def script():
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("protection_script", Path(__file__).parents[1] / "benchmarks" / "protection.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_report_keeps_what_is_stored_and_replaces_what_is_measured_again(script, scan, tmp_path):
+    def rows(name, hu):
+        checks = Checks(hu); checks.name = name
+        return measure_protection([checks], Forger(), scan, PLACES, ("nothing", "blur 0.7"), patient="phantom", extra={"attacker": "known"})
+    nothing, stored = {key: [] for key in script.KINDS}, tmp_path / "protection.json"
+    def tables():
+        found = json.loads(stored.read_text(encoding="utf-8"))
+        return {title: {tuple(row[:len(found["keys"][title])]): dict(zip(table["columns"], row)) for row in table["data"]} for title, table in found["tables"].items()}
+    script.report(nothing | {"rows": rows("weak", 10) + rows("strong", 60)}, stored)
+    first = tables()["cost and effect, phantoms"]
+    script.report(nothing | {"rows": rows("strong", 90)}, stored)
+    second = tables()["cost and effect, phantoms"]
+    assert list(second) and set(second) == set(first) and {key[1] for key in second} == {"weak", "strong"}
+    assert all(second[key] == first[key] for key in first if key[1] == "weak") and all(second[key] != first[key] for key in first if key[1] == "strong")
+    script.report(nothing | {"others": [r | {"attacker": "unknown"} for r in rows("strong", 90)]}, stored)
+    others, cost = tables()["attackers not trained against, phantoms"], tables()["cost and effect, phantoms"]
+    assert cost == second
+    for action in ("inject", "remove"): # the same rows against the stored ones of the same attacker: a share of one
+        assert abs(cost[("known", "strong", action)]["lost [dB]"]) > .1
+        assert others[("unknown", "strong", action)]["share of the loss against the known attackers"] == pytest.approx(1, abs=.01)
+
+
+@pytest.mark.parametrize("part, kind", [("cost", "rows"), ("cleanings", "cleanings"), ("others", "others"), ("effects", "effects")])
+def test_each_part_of_the_benchmark_fills_its_own_key(part, kind, script, scan, monkeypatch):
+    from types import SimpleNamespace
+    monkeypatch.setattr(script, "measure_protection", lambda protectors, *rest, **how: [{"protectors": len(protectors)}])
+    monkeypatch.setattr(script, "clear_places", lambda *args, **how: PLACES)
+    monkeypatch.setattr(script, "lung_mask", lambda s: np.ones(s.shape, bool))
+    monkeypatch.setattr(script, "side_effects", lambda *args: {"nodules": []})
+    monkeypatch.setattr(script, "noise_spectra", lambda scans, places: (np.array([.05, .3]), np.ones((2, 2))))
+    monkeypatch.setattr(script.MitsGAN, "from_pretrained", classmethod(lambda cls, name: Checks()))
+    a = SimpleNamespace(places=2, few=1, weights=["x"], tafim="", noise=5.0, factors=[], bounds=[], climb=1, parts=[part], cleanings=["median"])
+    found = script.measure_scan(a, SimpleNamespace(name="phantom", scan=scan, nodules=[]), {"known": Forger()}, {"unknown": Forger()})
+    assert found[kind] and not any(rows for key, rows in found.items() if key not in (kind, "spectra" if part == "effects" else kind))

@@ -20,7 +20,7 @@ SHIPPED = {
     "ctgan-zeros-tiny": ("forger; the hole starts empty, as published", "09_attack.ctgan", "mits_train attack --variant zeros --out {}"),
     "mitsgan-tiny": ("protector", "11_protect.mitsgan", "mits_train protect --out {}"),
     "mitsgan-robust-tiny": ("protector, trained against forgers who clean first", "11_protect.mitsgan", "mits_train protect --variant robust --out {}"),
-    "mitsgan-released-tiny": ("protector, network and losses of the released code", "11_protect.mitsgan", "mits_train protect --variant released --out {}"),
+    "mitsgan-released-tiny": ("protector: network and losses of the released code, with a price of the change", "11_protect.mitsgan", "mits_train protect --variant released --out {}"),
     "tafim-tiny": ("rival of the protector", "12_protect.rivals", "mits_train protect --variant tafim --out {}"),
     "cascade-tiny": ("detector", "18_detect.training", "mits_train detect --out {}"),
     "cyclegan-tiny": ("second forger for the detector: takes noise out", "19_detect.rivals", "python -c \"from mits_nb.detect.rivals import train_cyclegan; train_cyclegan('tiny', '{}')\""),

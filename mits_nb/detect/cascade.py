@@ -249,7 +249,7 @@ def divided(
     blur_mm: float = 3., # Standard deviation of the blur before peaks are looked for
     apart_mm: float = 25., # Least distance of two peaks
     valley: float = .9, # How deep the way between them must fall, as a share of the lower peak
-) -> np.ndarray: # int, same shape: 0 outside the patch, 1, 2, ... its parts
+) -> np.ndarray: # int, same shape: 1, 2, ... the parts of the patch; 0 outside it and, where it is divided, in cells that hang on by an edge or a corner alone
     "Divide a patch that holds several peaks between them (watershed)."
     from scipy import ndimage as ndi
     from skimage.segmentation import watershed
@@ -258,7 +258,7 @@ def divided(
     if len(found) < 2: return patch.astype(int)
     markers = np.zeros(patch.shape, int)
     for number, at in enumerate(found, 1): markers[tuple(at)] = number
-    return watershed(-field, markers, mask=patch)
+    return watershed(-field, markers, mask=patch) # floods through faces: a cell that hangs on by an edge or a corner stays 0
 
 # %% ../../nbs/17_detect.cascade.ipynb #71ca00c4
 def _region(
@@ -298,8 +298,8 @@ def find_regions(
         patch = labels[box] == i
         if not lasts(patch & cells[box]): continue
         parts = divided(patch, heatmaps[box], steps)
-        for part in range(1, parts.max() + 1):
-            if lasts(where := (parts == part) & cells[box]): regions.append(_region(where, heatmaps[box], box, scan))
+        lasting = [where for part in range(1, parts.max() + 1) if lasts(where := (parts == part) & cells[box])]
+        for where in lasting or [patch & cells[box]]: regions.append(_region(where, heatmaps[box], box, scan)) # where no part lasts by itself, the patch stays whole
     return sorted([region for region in regions if region["score"] >= sure], key=lambda region: -region["score"])
 
 # %% ../../nbs/17_detect.cascade.ipynb #f9bc6e39

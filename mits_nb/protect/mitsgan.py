@@ -644,7 +644,7 @@ def is_protected(
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #6edaefd5
 def training_scans(
-    config: MitsganConfig, # Number of phantoms
+    config: MitsganConfig, # Number of phantoms, patients to leave out
     data: str | Path | None = None, # A folder of scans; None for the development scans, where they are
 ) -> list: # Scans
     "The training set: by the rules of chapter 9 (held-out patients left out, phantoms with seeds from 1000 on). Raises `DataError`, `TrainError`."
@@ -693,7 +693,7 @@ def train_mitsgan(
     mitsgan = MitsGAN(protector, "mitsgan" if out is None else Path(out).name, history)
     if out is not None:
         log.info("trained the protector in %.0f s", time.perf_counter() - started)
-        mitsgan.save_pretrained(out, _card(config, len(batches.scans), seed, card))
+        mitsgan.save_pretrained(out, _card(config, len(batches.scans), seed, card, named=not isinstance(data, (list, tuple))))
         shutil.rmtree(work)  # a later training must not take a finished one up again
     return mitsgan
 
@@ -703,9 +703,10 @@ def _card(
     n_scans: int, # Training scans
     seed: int, # Of the training
     extra: str, # Measurements
+    named: bool = True, # Were the scans chosen by name? Otherwise nobody knows who was left out
 ) -> str: # Markdown
     "What the weights are, how they were made, what they must not be used for."
-    settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items())
+    settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items() if named or key != "held_out")
     return (f"# Protector of mits_nb ({config.variant}, width {config.width})\n\nTrained by `train_mitsgan` (chapter 11) through a frozen CT-GAN on {n_scans} scans, seed {seed}. "
             f"A teaching model: it shows how protection works and is not a safeguard for clinical data.\n\n| setting | value |\n|---|---|\n{settings}\n\n{extra}".rstrip() + "\n")
 
