@@ -48,7 +48,7 @@ def main():
     for measure in ("pd", "called", "lost_db", "noise"):
         rows, columns, values = arena_matrix(arena, measure)
         print(f"\n{measure:>16} " + " ".join(f"{c:>15}" for c in columns))
-        for name, line in zip(rows, values): print(f"{name:>16} " + " ".join(f"{v:15.2f}" for v in line))
+        for row, line in zip(rows, values): print(f"{row:>16} " + " ".join(f"{v:15.2f}" for v in line))
     print("\n" + "\n".join(arena["findings"]))
     about = {"data": a.data, "settings": plain(asdict(config)), "weights": {bench.weights[role]: digest for role, digest in bench.uses(*bench.weights).items()}, "scans": {n: store.get(bench.data_cell(n)) for n in bench.tests}, "versions": versions()}
     stored = {"about": about, "arena": arena, **tables}

@@ -345,6 +345,23 @@ def test_the_stored_arena_can_get_new_tables_and_sentences(tmp_path, monkeypatch
     assert alone == {"tables": [{"table": "new"}], "tables_about": {"scans": {"a": 1}, "data": "scans"}}
 
 
+def test_an_arena_is_stored_under_the_name_of_its_data(tmp_path, monkeypatch):
+    import importlib.util
+    from types import SimpleNamespace
+    spec = importlib.util.spec_from_file_location("arena_script", Path(__file__).parents[1] / "benchmarks" / "arena.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "find_tests", lambda data, config: {})
+    monkeypatch.setattr(script, "Bench", lambda config, tests: SimpleNamespace(weights={"cascade": "cascade-tiny"}, uses=lambda *roles: {r: "digest" for r in roles}, tests=tests))
+    monkeypatch.setattr(script, "arena_run", lambda *args: None)
+    monkeypatch.setattr(script, "CellStore", lambda folder: SimpleNamespace(compute=lambda cells, what: {"arena": result() | {"findings": []}}))
+    for data, name in (("phantom", "phantom.json"), ("/somewhere/scans", "scans.json")):
+        monkeypatch.setattr(sys, "argv", ["arena.py", "--out", str(tmp_path / name), "--data", data])
+        script.main()
+        assert [p.name for p in (tmp_path / name).iterdir()] == [name]
+        assert json.loads((tmp_path / name / name).read_text())["about"]["weights"] == {"cascade-tiny": "digest"}
+
+
 @pytest.fixture(scope="module")
 def forger():
     from mits_nb.attack.ctgan import CTGAN

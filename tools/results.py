@@ -26,7 +26,7 @@ SHIPPED = {
     "cyclegan-tiny": ("second forger for the detector: takes noise out", "19_detect.rivals", "python -c \"from mits_nb.detect.rivals import train_cyclegan; train_cyclegan('tiny', '{}')\""),
 }
 ATTACK = "MITS_DATA=scans python benchmarks/attack_quality.py --leave-one-out FOLDER --out mits_nb/weights/ctgan-tiny/leave_one_out.json"
-PROTECT = "MITS_DATA=scans python benchmarks/protection.py --weights mitsgan-tiny mitsgan-robust-tiny mitsgan-released-tiny --out protection.json\npython benchmarks/protection.py --report protection.json --store mits_nb/weights/mitsgan-tiny/protection.json"
+PROTECT = "MITS_DATA=scans python benchmarks/protection.py --weights mitsgan-tiny mitsgan-robust-tiny mitsgan-released-tiny --out protection.json\nMITS_DATA=scans python benchmarks/protection.py --leave-one-out FOLDER --out left-out.json\npython benchmarks/protection.py --report protection.json left-out.json --store mits_nb/weights/mitsgan-tiny/protection.json"
 DETECT = ("MITS_DATA=scans python benchmarks/detection.py --scans real --unseen NAME=FOLDER ... --out real.json\n"
           "python benchmarks/detection.py --scans phantom --places 6 --rounds 3 --unseen NAME=FOLDER ... --out phantom.json\n"
           "python benchmarks/detection.py --report real.json phantom.json --store mits_nb/weights/cascade-tiny/detection.json")
@@ -158,6 +158,10 @@ def protector() -> str | None:
         heads = ["forger", "action", "protection", "slice, dB", "slice, SSIM", "forged, dB", "protected, then forged, dB", "lost, dB", "95 % interval", "left after a blur", "lesion gone", "places"]
         if lines:
             parts.append(f"**{word}.**\n\n" + table(heads, lines, words=3))
+    if each := frame(found["tables"], "patient by patient") + [r | {"patient": "all"} for r in frame(found["tables"], "all patients")]:
+        heads = ["patient left out", "forger", "action", "slice, dB", "slice, SSIM", "forged, dB", "protected, then forged, dB", "lost, dB", "95 % interval", "places"]
+        lines = [[r["patient"], r["attacker"], r["action"], f"{r['slice PSNR [dB]']:.1f}", r["slice SSIM"], f"{r['forged [dB]']:.1f}", f"{r['protected, forged [dB]']:.1f}", f"{r['lost [dB]']:.1f}", f"{r['low']:.1f} to {r['high']:.1f}", r["places"]] for r in each]
+        parts.append("**Patient by patient: `mitsgan-tiny` trained without the one that is measured.** The forgers are those that ship, who know every patient but LIDC-IDRI-0003. The intervals of single patients draw places, those of all draw patients and places.\n\n" + table(heads, lines, words=3))
     unforged = frame(found["tables"], "unforged scans")
     if unforged:
         heads = ["protector", "scan", "nodules", "volume change, mean %", "largest %", "lung sd, HU"]
