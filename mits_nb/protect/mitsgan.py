@@ -347,7 +347,7 @@ def scan_range(
 ROBUST = dict(cleanings=tuple(CLEANINGS), masks=(20, 16), band_mm=(7.0, 12.0), search=(4, 8, 2), smooth=True, steps=300) # For `train_mitsgan(..., **ROBUST)`: every cleaning, both holes, and nothing so fine that a blur takes it away
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #f9915338
-RELEASED = dict(variant="released", width=32, noise="uniform", alpha=0.1, squared=True, through=False, fidelity=1.0, lr=1e-3, steps=450) # For `train_mitsgan(..., **RELEASED)`: network and losses of the released code, and a price of the change
+RELEASED = dict(variant="released", width=16, noise="uniform", alpha=0.1, squared=True, through=False, fidelity=10.0, lr=2e-3, steps=300) # For `train_mitsgan(..., **RELEASED)`: network and losses of the released code, and a price of the change
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #5f1e11a9
 def with_masks(
@@ -659,12 +659,11 @@ def often(
     return min(500, max(1, steps // 8))
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #b95b50fc
-def _small_weights(
+def _quiet_blocks(
     layer: nn.Module, # Of a published network
 ) -> None:
-    "The released start: convolutions from N(0, 0.02), batch norms from N(1, 0.02)."
-    if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)): nn.init.normal_(layer.weight, float(isinstance(layer, nn.BatchNorm2d)), 0.02)
-    if getattr(layer, "bias", None) is not None: nn.init.zeros_(layer.bias)
+    "Residual blocks that begin as the identity: the scale of their last batch norm starts at zero."
+    if isinstance(layer, ResidualBlock): nn.init.zeros_([m for m in layer.modules() if isinstance(m, nn.BatchNorm2d)][-1].weight)
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #4b20f7d7
 def train_mitsgan(
@@ -683,7 +682,7 @@ def train_mitsgan(
     with own_random_state(torch.device("cpu")):
         torch.manual_seed(torch_rng(seed, "mitsgan weights").initial_seed())
         protector = Protector(config.width, config.variant, config.strength_hu, config.blocks, config.noise, quiet_mm=config.band_mm[1], smooth=config.smooth)
-        if config.variant != "ours": protector.apply(_small_weights)
+        if config.variant != "ours": protector.apply(_quiet_blocks)
         discriminator = ProtectorDiscriminator(config.d_width, "ours")  # the published ones take nothing but 512 x 512; a crop is smaller
     task = ProtectTask(protector, discriminator, attacker, config)
     if config.variant == "ours": search_wave(task, batches, seed)
