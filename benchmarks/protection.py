@@ -121,7 +121,9 @@ def report(found, store=None):
         if rows := [r for r in found["others"] if wanted(r)]:
             table = protection_table(rows, by=("attacker", "protector", "action"))[["forged [dB]", "protected, forged [dB]", "lost [dB]", "low", "high", "places"]]
             cost = frames.get(f"cost and effect, {title}", stored.get(f"cost and effect, {title}"))
-            if cost is not None: table["share of the loss against the known attackers"] = table["lost [dB]"] / cost["lost [dB]"].groupby(["protector", "action"]).mean().reindex(table.index.droplevel("attacker")).to_numpy()
+            if cost is not None:
+                known = cost["lost [dB]"].groupby(["protector", "action"]).mean().reindex(table.index.droplevel("attacker")).to_numpy()
+                table["share of the loss against the known attackers"] = table["lost [dB]"] / np.where(known > 0.05, known, np.nan) # no share of nothing, nor of a gain
             add(f"attackers not trained against, {title}", table)
     if found["left out"]:
         add("patient by patient", protection_table(found["left out"], by=("patient", "attacker", "action")))
