@@ -360,6 +360,21 @@ def with_masks(
     for twin, mask in twins: twin.settings = replace(twin.settings, mask=mask)
     return [twin for twin, _ in twins]
 
+# %% ../../nbs/11_protect.mitsgan.ipynb #d0a46a05
+def _manipulation(
+    forged: Tensor, # The tampered square of the forgery made from the protected scan, HU
+    goal: Tensor, # The same of the forgery made from the real scan
+    protected: Tensor, # The same of the protected scan
+    real: Tensor, # The same of the real scan
+    config: MitsganConfig, # `squared`, `through`, `goal_weight`
+    value_range: tuple[float, float], # HU of the scan
+) -> Tensor: # Scalar
+    "What G shall enlarge at one place: damage in dB, from the real scan and from the attacker's goal; or L_m of chapter 10's Eq. (3), in units of half the range. Without the path through the attacker x^p moves away from a forgery that stands still."
+    if not config.through: forged = forged.detach()
+    if config.squared: return ((forged - protected) / ((value_range[1] - value_range[0]) / 2)).square().mean()
+    if not config.through: return forgery_damage(forged, protected)
+    return (1 - config.goal_weight) * forgery_damage(forged, real) + config.goal_weight * forgery_damage(forged, goal)
+
 # %% ../../nbs/11_protect.mitsgan.ipynb #d838779a
 class ProtectTask(Task):
     "One update of D and G against a frozen attacker."
@@ -417,13 +432,8 @@ class ProtectTask(Task):
             box = middle_box(batch["at"][i].tolist(), tuple(batch["spacing"].tolist()), x.shape)
             with torch.no_grad(): goal = self.attack(batch, i, x)[box]
             forged = self.attack(batch, i, xp)[box]
-            from_real = forgery_damage(forged, x[box])
-            if c.squared: # L_m of chapter 10's Eq. (3); without the path x^p moves away from a forgery that stands still, as released
-                low, high = batch["range"].tolist()
-                total = total + ((forged if c.through else forged.detach()) - xp[box]).square().mean() / ((high - low) / 2) ** 2
-            elif c.through: total = total + (1 - c.goal_weight) * from_real + c.goal_weight * forgery_damage(forged, goal)
-            else: total = total + forgery_damage(forged.detach(), xp[box])
-            lost[self.action(batch, i)].append(from_real.detach() - forgery_damage(goal, x[box]))
+            total = total + _manipulation(forged, goal, xp[box], x[box], c, tuple(batch["range"].tolist()))
+            lost[self.action(batch, i)].append(forgery_damage(forged.detach(), x[box]) - forgery_damage(goal, x[box]))
         return total / len(protected), {f"{action} lost [dB]": torch.stack(values).mean() for action, values in lost.items() if values}
 
     def update(self, batch: dict, backward: Callable) -> dict[str, Tensor]:
