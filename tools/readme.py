@@ -26,6 +26,7 @@ class ForReaders(Preprocessor):
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
             kept.append(cell)
         notebook.cells = kept
+        notebook.metadata["language_info"] = {"name": "python"}  # cleaned notebooks do not say it, and code would stay uncoloured
         return notebook, resources
 
 
