@@ -880,7 +880,7 @@ def run_train(
 ) -> Path: # Folder of the weights
     "Call the training function of a part and check its output folder first."
     if args.part != "attack" and args.pictures: raise UsageError("--pictures belongs to mits_train attack")
-    if args.hold_out and (args.part == "detect" or args.variant == "tafim"): raise UsageError("--hold-out belongs to mits_train attack, and to protect with a MITS-GAN")
+    if args.part == "detect" and args.hold_out: raise UsageError("--hold-out belongs to mits_train attack and protect")
     if args.variant and args.variant not in VARIANTS[args.part]: raise UsageError(f"mits_train {args.part} has no variant {args.variant!r}" + (f": use {' or '.join(VARIANTS[args.part])}" if VARIANTS[args.part] else ""))
     if args.data is not None and not Path(args.data).is_dir(): raise UsageError(f"{args.data} is not a folder of scans: check --data")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

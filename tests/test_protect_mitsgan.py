@@ -15,6 +15,7 @@ from mits_nb.protect import mitsgan
 from mits_nb.protect.mitsgan import (RELEASED, MitsGAN, MitsganConfig, NoiseNet, Pattern, PlaceBatches, Protector, ProtectorDiscriminator, ProtectTask, check_hu, cuboid_crop,
                                      evaluate_protection, finish_slices, folded, is_protected, local_mean, lung_doubts, lung_weight, middle_box, often, round_through, search_wave,
                                      summarise_protection, train_mitsgan, training_scans, with_masks)
+from mits_nb.protect.rivals import TafimConfig
 
 
 @pytest.fixture(scope="module")
@@ -419,8 +420,9 @@ def test_a_released_training_starts_with_blocks_that_do_nothing_and_keeps_its_ow
 def test_patients_to_leave_out_can_be_named(monkeypatch):
     asked = []
     monkeypatch.setattr(mitsgan, "training_sources", lambda config, data: asked.append(config.held_out) or [])
-    training_scans(MitsganConfig(held_out=("A", "B"))); training_scans(MitsganConfig())
-    assert asked == [("A", "B"), ("LIDC-IDRI-0003",)]
+    for config in (MitsganConfig, TafimConfig): # chapter 12 takes its scans from here as well
+        training_scans(config(held_out=("A", "B"))); training_scans(config())
+    assert asked == 2 * [("A", "B"), ("LIDC-IDRI-0003",)]
 
 
 @pytest.mark.parametrize("variant", ["ours", "paper", "released"])

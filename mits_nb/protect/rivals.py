@@ -23,6 +23,7 @@ from ..core import Compute, DataError, TrainError, UsageError, WeightsError, ato
 from ..gan import History, Task, fit, own_random_state
 from ..metrics import lung_window_image, rmse
 from .losses import forgery_damage
+from ..attack.ctgan import HELD_OUT
 from .mitsgan import MitsGAN, MitsganConfig, PlaceBatches, ProtectTask, admit, cuboid_crop, finish_slices, middle_box, often, protected_scan, training_scans
 
 # %% ../../nbs/12_protect.rivals.ipynb #c7905a54
@@ -352,6 +353,7 @@ class TafimConfig:
     window_px: int = 128 # Edge of the windows when slices are protected: about that of a crop
     phantoms: int = 0 # Phantoms in the training set
     places_per_scan: int = 2000 # Lung places drawn from each scan
+    held_out: tuple[str, ...] = HELD_OUT # Patients to leave out, by name of the scan
     presets: ClassVar[dict[str, dict]] = {
         "tiny": dict(width=16, levels=4, dropout=0.0, global_px=64, reach_hu=60.0, start=0.5, steps=300, places=2, lr=5e-4, global_lr=2e-2, phantoms=2, places_per_scan=200),
         "full": {},
@@ -492,7 +494,7 @@ def train_tafim(
     tafim = Tafim(net, "tafim" if out is None else Path(out).name, history)
     if out is not None:
         log.info("trained TAFIM in %.0f s", time.perf_counter() - started)
-        settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items())
+        settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items() if key != "held_out" or not isinstance(data, (list, tuple)))
         tafim.save_pretrained(out, f"# TAFIM of mits_nb (width {config.width})\n\nTrained by `train_tafim` (chapter 12) through a frozen CT-GAN on {len(batches.scans)} scans, seed {seed}. "
                                    f"A rival to compare with, not a safeguard for clinical data.\n\n| setting | value |\n|---|---|\n{settings}\n\n{card}".rstrip() + "\n")
     return tafim
