@@ -1,15 +1,15 @@
 """How well do protections hold, on scans that nobody trained on?
 
     MITS_DATA=folder python benchmarks/protection.py [--weights mitsgan-tiny ...] [--places 50] [--parts cost others] [--quick] [--scans 0 1] [--out protection.json]
-    MITS_DATA=folder python benchmarks/protection.py --leave-one-out FOLDER [--out left-out.json]
+    MITS_DATA=folder python benchmarks/protection.py --leave-one-out FOLDER [--weights mitsgan-robust-tiny] [--out left-out.json]
     python benchmarks/protection.py --report FILE... --store protection.json
-    python benchmarks/protection.py --sweep-alphas [--steps 200] [--folder FOLDER] [--store sweep.npz]
+    python benchmarks/protection.py --sweep-alphas [--steps 200] [--seeds 0 1 2] [--folder FOLDER] [--store sweep.npz]
 
-First form: measures, scan by scan, and writes all rows; `--scans` picks some of the held-out scans, so that several processes can share the work, `--parts` some of the measurements. Second form: one training of `mitsgan-tiny` per real scan that leaves this scan out (finished ones in FOLDER are used
+First form: measures, scan by scan, and writes all rows; `--scans` picks some of the held-out scans, so that several processes can share the work, `--parts` some of the measurements. Second form: one training of `mitsgan-tiny`, or of `mitsgan-robust-tiny`, per real scan that leaves this scan out (finished ones in FOLDER are used
 again, interrupted ones go on; the shipped weights serve for the patient that they left out), each measured on that scan. The attackers stay those that ship, who know every patient but one. Third form: joins such files, prints the tables with bootstrap intervals by patient, and stores them as chapter 13 shows them; what an
 earlier file held and these do not is kept:
 cost and effect of every protector (slice PSNR / SSIM, forged square before and after, dB lost, share of injected lesions that are gone); what survives each cleaning, the blur of 0.7 pixels first; attackers that were not trained against (a smaller mask, and --unseen); nodule volumes and HU of
-unforged scans; noise power protected / real; patient by patient. Fourth form: one training per alpha (finished ones in FOLDER are used again), then the sweep that the widget of chapter 13 shows.
+unforged scans; noise power protected / real; patient by patient. Fourth form: one training per alpha and seed (finished ones in FOLDER are used again), then the sweep that the widget of chapter 13 shows.
 Goals for the real scans: slice PSNR >= 40 dB and SSIM >= 0.98, forged square <= 11.3 dB and SSIM <= 0.74; >= 60 % left after the blur; >= 70 % of the loss against other attackers; lesion gone at >= 80 % of the places.
 """
 import argparse, json
@@ -24,7 +24,7 @@ from mits_nb.core import DataError, read_json, versions, write_json
 from mits_nb.data import development_scans, lung_mask, lung_places
 from mits_nb.phantom import make_phantom
 from mits_nb.protect.losses import clean_jpeg_ls
-from mits_nb.protect.mitsgan import MitsGAN, train_mitsgan, with_masks
+from mits_nb.protect.mitsgan import MitsGAN, ROBUST, train_mitsgan, with_masks
 from mits_nb.protect.rivals import GaussianNoise, Nothing, Pgd, Tafim
 from mits_nb.protect.sweep import (CLEANING_TESTS, PAPER_ALPHAS, Scaled, WIDER_ALPHAS, cleaning_table, measure_protection, noise_spectra, protected_twin, protection_table, protector_name,
                                    side_effects, sweep, train_alphas)
@@ -33,6 +33,7 @@ from mits_nb.protect.sweep import (CLEANING_TESTS, PAPER_ALPHAS, Scaled, WIDER_A
 PARTS = ("cost", "cleanings", "others", "effects")
 RARER = CLEANING_TESTS | {"jpeg-ls": clean_jpeg_ls} # JPEG-LS is tested, not trained against: its package is not among those that the library needs
 KINDS = ("rows", "cleanings", "others", "effects", "spectra", "left out")
+RECIPES = {"mitsgan-tiny": {}, "mitsgan-robust-tiny": ROBUST}
 
 
 def say(title, table):
@@ -92,17 +93,17 @@ def measure(a):
 
 
 def leave_one_out(a):
-    "Second form: each real scan under a protector that was not trained on it."
+    "Second form: each real scan under protectors that were not trained on it."
     mains, found = {n: CTGAN.from_pretrained(n) for n in a.attackers}, []
-    for name in development_scans():
-        folder = a.leave_one_out / name
-        if (name,) == HELD_OUT: protector = MitsGAN.from_pretrained("mitsgan-tiny")
-        else: protector = MitsGAN.from_pretrained(folder) if (folder / "card.md").is_file() else train_mitsgan("tiny", folder, list(mains.values()), held_out=(name,))
+    for weights, name in ((w, n) for w in a.weights for n in development_scans()):
+        folder = a.leave_one_out / weights / name
+        if (name,) == HELD_OUT: protector = MitsGAN.from_pretrained(weights)
+        else: protector = MitsGAN.from_pretrained(folder) if (folder / "card.md").is_file() else train_mitsgan("tiny", folder, list(mains.values()), held_out=(name,), **RECIPES[weights])
         source, = held_out_scans((name,), phantoms=0)
         places = clear_places(source, a.places, 0, lung_mask(source.scan), margin_mm=10.0)
-        protector.name = "mitsgan-tiny"
+        protector.name = weights
         for attacker in mains: found += measure_protection([protector], mains[attacker], source.scan, places, ("nothing", "blur 0.7"), patient=source.name, extra={"attacker": attacker})
-        say(name, protection_table([r for r in found if r["patient"] == name], by=("attacker", "action"))[["slice PSNR [dB]", "forged [dB]", "protected, forged [dB]", "lost [dB]", "low", "high", "places"]])
+        say(name, protection_table([r for r in found if (r["patient"], r["protector"]) == (name, weights)], by=("protector", "attacker", "action"))[["slice PSNR [dB]", "forged [dB]", "protected, forged [dB]", "lost [dB]", "low", "high", "places"]])
         if a.out: write_json(a.out, {**{key: [] for key in KINDS}, "left out": found, "versions": versions()})
 
 
@@ -110,7 +111,9 @@ def report(found, store=None):
     "Print the tables of joined rows, and store them beside what is stored already."
     earlier = read_json(store) if store and Path(store).is_file() else {"tables": {}, "keys": {}}
     stored = {title: pd.DataFrame(**table).set_index(earlier["keys"][title]) for title, table in earlier["tables"].items()}
-    def add(title, table): frames[title] = pd.concat([stored[title].loc[[key not in set(table.index) for key in stored[title].index]], table]) if title in stored else table
+    def add(title, table):
+        old = stored.get(title, table[:0])
+        frames[title] = pd.concat([old.loc[[key not in set(table.index) for key in old.index]], table])
     frames, kinds = {}, {"real, held out": lambda r: "phantom" not in r["patient"], "phantoms": lambda r: "phantom" in r["patient"]}
     for title, wanted in kinds.items():
         part = [r for r in found["rows"] if wanted(r)]
@@ -126,9 +129,10 @@ def report(found, store=None):
                 table["share of the loss against the known attackers"] = table["lost [dB]"] / np.where(known > 0.05, known, np.nan) # no share of nothing, nor of a gain
             add(f"attackers not trained against, {title}", table)
     if found["left out"]:
-        add("patient by patient", protection_table(found["left out"], by=("patient", "attacker", "action")))
-        add("patient by patient, after a blur of 0.7 pixels", cleaning_table(found["left out"], by=("patient", "attacker")).xs("blur 0.7", level="cleaning"))
-        add("all patients", protection_table(found["left out"], by=("attacker", "action")))
+        add("patient by patient", protection_table(found["left out"], by=("patient", "protector", "attacker", "action")))
+        add("patient by patient, after a blur of 0.7 pixels", cleaning_table(found["left out"], by=("patient", "protector", "attacker")).xs("blur 0.7", level="cleaning"))
+        add("all patients", protection_table(found["left out"], by=("protector", "attacker", "action")))
+        add("all patients, after a blur of 0.7 pixels", cleaning_table(found["left out"], by=("protector", "attacker")).xs("blur 0.7", level="cleaning"))
     if found["effects"]: add("unforged scans", pd.DataFrame(found["effects"]).set_index(["protector", "scan"]))
     if found["spectra"]: add("noise power, protected / real", pd.DataFrame(found["spectra"]).pivot_table(index="protector", columns="band [1/mm]", values="protected / real"))
     for title, table in frames.items(): say(title, table)
@@ -144,14 +148,14 @@ def join(files):
 
 
 def alphas(a):
-    "The real alpha sweep: a training for each value."
+    "The real alpha sweep: a training for each value and seed."
     attackers, values = [CTGAN.from_pretrained(n) for n in a.attackers], PAPER_ALPHAS if a.quick else WIDER_ALPHAS
-    trained = train_alphas(values, attackers, a.folder, **({} if a.steps is None else {"steps": a.steps}), fidelity=a.fidelity)
+    trained = [train_alphas(values, attackers, a.folder / f"seed-{seed}", **({} if a.steps is None else {"steps": a.steps}), fidelity=a.fidelity, seed=seed) for seed in a.seeds]
     scan, _ = make_phantom(seed=5, shape=(24, 320, 320), spacing=(2.5, 1.1, 1.1))
-    result = sweep(trained, attackers[-1], scan, lung_places(scan, 3, seed=9), ("nothing", "blur 0.7", "median", "jpeg"), patient="phantom 5")
+    result = sweep(trained[0], attackers[-1], scan, lung_places(scan, 3, seed=9), ("nothing", "blur 0.7", "median", "jpeg"), patient="phantom 5", repeats=trained[1:])
     say("alpha sweep on a phantom", protection_table([{**r, "protector": f"alpha {r['value']:g}"} for r in result.rows]))
     file = Path(result.save(a.store or "mitsgan-sweep/sweep.npz"))
-    (file.parent / "card.md").write_text(f"# The alpha sweep of chapter 13\n\nNo weights: pictures and figures of {len(values)} protectors, one training of {a.steps or 'the preset'} steps for each alpha ({', '.join(f'{v:g}' for v in values)}), fidelity weight {a.fidelity:g}, "
+    (file.parent / "card.md").write_text(f"# The alpha sweep of chapter 13\n\nNo weights: pictures and figures of {len(values)} protectors, one training of {a.steps or 'the preset'} steps for each seed ({', '.join(map(str, a.seeds))}; the pictures are of the first) and alpha ({', '.join(f'{v:g}' for v in values)}), fidelity weight {a.fidelity:g}, "
                                          f"against {' and '.join(a.attackers)}, judged on {result.info['patient']}. Made by `benchmarks/protection.py --sweep-alphas`.\n", encoding="utf-8")
     print(file)
 
@@ -174,11 +178,12 @@ def main():
     p.add_argument("--quick", action="store_true", help="at most 4 places, no cleaning but the blur; with --sweep-alphas: the paper's five values")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     p.add_argument("--cleanings", nargs="+", choices=[name for name in RARER if name not in ("nothing", "blur 0.7")], metavar="NAME", help="the rarer ones (default: all)")
-    p.add_argument("--leave-one-out", type=Path, metavar="FOLDER", help="weights that leave one patient out each")
+    p.add_argument("--leave-one-out", type=Path, metavar="FOLDER", help=f"weights that leave one patient out each; --weights picks among {' and '.join(RECIPES)}")
     p.add_argument("--out", type=Path, help="JSON of all rows")
     p.add_argument("--report", nargs="*", type=Path, help="files written with --out, to be joined")
     p.add_argument("--sweep-alphas", action="store_true")
     p.add_argument("--steps", type=int, help="of each training of the sweep")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the sweep's trainings")
     p.add_argument("--fidelity", type=float, default=1.0, help="weight of the mean squared change in the sweep's trainings: without a price, alpha has nothing to trade")
     p.add_argument("--folder", type=Path, default=Path("alpha-sweep"), help="where the sweep's weights lie")
     p.add_argument("--store", type=Path, help="with --report: JSON of the tables; with --sweep-alphas: the sweep, as .npz")
@@ -188,6 +193,8 @@ def main():
     if not a.parts: p.error("--quick leaves the cleanings out: nothing is left to measure")
     measuring = not (a.report or a.leave_one_out or a.sweep_alphas)
     if measuring and "cleanings" in a.parts and "jpeg-ls" in a.cleanings and find_spec("jpeg_ls") is None: p.error("JPEG-LS needs a package that is not installed: pip install pyjpegls, or name the --cleanings without it")
+    if a.leave_one_out: a.weights = [w for w in a.weights if w in RECIPES]
+    if a.leave_one_out and not a.weights: p.error(f"--leave-one-out trains {' or '.join(RECIPES)}")
     if a.report: report(join(a.report), a.store)
     elif a.leave_one_out: leave_one_out(a)
     elif a.sweep_alphas: alphas(a)

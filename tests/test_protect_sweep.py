@@ -250,6 +250,20 @@ def test_sweep_holds_rows_and_pictures(result, scan):
     assert len(sweep_figure(result).axes) == 3
 
 
+def test_repeats_add_figures_and_no_pictures(result, scan):
+    made = {v: Scaled(Checks(), v) for v in (0.5, 1.0, 2.0)}
+    twice = sweep(made, Forger(), scan, PLACES, ("nothing", "blur 0.7"), knob="strength", edge=32, repeats=[{v: Scaled(Checks(), 2 * v) for v in made}])
+    assert twice.rows[: len(result.rows)] == result.rows and len(twice.rows) == 2 * len(result.rows) and np.array_equal(twice.forged, result.forged)
+    assert twice.table == result.table, "the pictures' own figures"
+    price, remove = (sweep_figure(twice).axes[k] for k in (0, 2))
+    mean = lambda n, v: np.mean([r["slice_psnr_db"] for r in twice.rows if (r["repeat"], r["value"], r["cleaning"]) == (n, v, "nothing")])
+    assert price.lines[0].get_ydata()[1] == pytest.approx((mean(0, 1.0) + mean(1, 1.0)) / 2) and mean(0, 1.0) > mean(1, 1.0)
+    low, high = price.collections[0].get_paths()[0].get_extents().intervaly
+    assert low == pytest.approx(mean(1, 2.0)) and high == pytest.approx(mean(0, 0.5)) and len(remove.collections) == 2
+    assert not any(axis.collections for axis in sweep_figure(result).axes), "one training has no span"
+    with pytest.raises(UsageError, match="same values"): sweep(made, Forger(), scan, PLACES, repeats=[{0.5: Checks()}])
+
+
 def test_stored_sweep_comes_back_and_holds_no_pickle(result, tmp_path):
     path = result.save(tmp_path / "deep" / "sweep.npz")
     back = Sweep.load(path)

@@ -357,7 +357,7 @@ def train_alphas(
 class Sweep:
     "Stored results of a sweep: rows, and 16-bit pictures of the slice around each place (HU; h x w pixels). Axes: V values, P places, C cleanings, A actions."
     info: dict # knob, values, places, cleanings, actions, spacing (z, y, x) mm, patient
-    rows: list[dict] # From `measure_protection`, each with "value" and "place" (index)
+    rows: list[dict] # From `measure_protection`, each with "value", "place" (index) and "repeat" (0: the pictures' own)
     real: np.ndarray # (P, h, w)
     protected: np.ndarray # (V, P, h, w)
     goal: np.ndarray # (P, C, A, h, w): forged without protection
@@ -369,7 +369,7 @@ class Sweep:
         size = self.real.shape[-2:]
         for name, axes in (("real", (p,)), ("protected", (v, p)), ("goal", (p, c, a)), ("forged", (v, p, c, a))):
             if getattr(self, name).shape != (*axes, *size): raise DataError(f"this sweep's pictures do not fit together: {name} has shape {getattr(self, name).shape}, expected {(*axes, *size)}; make the sweep again")
-        object.__setattr__(self, "table", {(self.info["values"].index(r["value"]), r["place"], r["cleaning"], r["action"]): r for r in self.rows})
+        object.__setattr__(self, "table", {(self.info["values"].index(r["value"]), r["place"], r["cleaning"], r["action"]): r for r in self.rows if not r.get("repeat")})
         if len(self.table) != v * p * c * a: raise DataError(f"this sweep has {len(self.table)} rows for {v * p * c * a} combinations: make it again")
 
     def save(self, path: str | Path) -> Path: # The file
@@ -401,22 +401,26 @@ def sweep(
     edge: int = 64, # Pixels of the stored pictures
     patient: str = "phantom", # Name of the scan
     seed: int = 0, # Of protectors and cleanings
+    repeats: list[dict[float, Any]] = (), # The same values, trained with other seeds: their figures are kept, not their pictures
 ) -> Sweep:
     "Measure every protector at every place, with every cleaning and action, and keep the pictures. Raises `UsageError`, `PlaceError`."
     if not protectors: raise UsageError("a sweep needs at least one protector: give a dictionary value -> protector")
     values, cleanings = [float(v) for v in protectors], pick_cleanings(cleanings)
-    twins, names = [protected_twin(p, scan, seed) for p in protectors.values()], [protector_name(p) for p in protectors.values()]
+    if any([float(v) for v in again] != values for again in repeats): raise UsageError(f"every repeat of a sweep needs the same values in the same order: {', '.join(f'{v:g}' for v in values)}")
     places = [[int(round(float(v))) for v in at] for at in places]
     edge, order, rows = min(edge, *scan.shape[1:]), list(cleanings), []
     v, p, c, a = len(values), len(places), len(order), len(actions)
     picture = lambda *axes: np.zeros((*axes, edge, edge), np.int16)
     real, protected, goal, forged = picture(p), picture(v, p), picture(p, c, a), picture(v, p, c, a)
     margin = max(16, edge // 2)  # so that the crop holds the picture
-    for f in forgeries(twins, names, attacker, scan, places, cleanings, tuple(actions), seed, margin):
-        i, j, where = order.index(f.cleaning), actions.index(f.action), square(f.here, f.real.shape, edge)
-        real[f.place], protected[f.index, f.place] = f.real[where][0], f.protected[where][0]
-        goal[f.place, i, j], forged[f.index, f.place, i, j] = f.goal[where][0], f.forged[where][0]
-        rows.append({"patient": patient, "value": values[f.index], "place": f.place, **forgery_row(f, scan.spacing), **slice_row(scan, twins[f.index], f.at[0])})
+    for repeat, trained in enumerate([protectors, *repeats]):
+        twins, names = [protected_twin(p, scan, seed) for p in trained.values()], [protector_name(p) for p in trained.values()]
+        for f in forgeries(twins, names, attacker, scan, places, cleanings, tuple(actions), seed, margin):
+            rows.append({"patient": patient, "value": values[f.index], "place": f.place, "repeat": repeat, **forgery_row(f, scan.spacing), **slice_row(scan, twins[f.index], f.at[0])})
+            if repeat: continue
+            i, j, where = order.index(f.cleaning), actions.index(f.action), square(f.here, f.real.shape, edge)
+            real[f.place], protected[f.index, f.place] = f.real[where][0], f.protected[where][0]
+            goal[f.place, i, j], forged[f.index, f.place, i, j] = f.goal[where][0], f.forged[where][0]
     info = {"knob": knob, "values": values, "places": places, "cleanings": order, "actions": list(actions), "spacing": [float(s) for s in scan.spacing], "patient": patient}
     return Sweep(info, rows, real, protected, goal, forged)
 
@@ -424,18 +428,23 @@ def sweep(
 def sweep_figure(
     result: Sweep, # From `sweep`, or stored
 ) -> "matplotlib.figure.Figure":
-    "Left: PSNR of the protected slice over the knob. Then per action: dB lost, one line a cleaning. Means over places."
+    "Left: PSNR of the protected slice over the knob. Then per action: dB lost, one line a cleaning. Means over places and repeats; the shade spans the repeats."
     import matplotlib.pyplot as plt
     info = result.info
     values = info["values"]
-    mean = lambda key, **want: [np.mean([r[key] for r in result.rows if r["value"] == value and all(r[k] == w for k, w in want.items())]) for value in values]
+    repeats = sorted({r.get("repeat", 0) for r in result.rows})
+    def draw(axis, key, wanted, **style):
+        each = np.array([[np.mean([r[key] for r in result.rows if (r["value"], r.get("repeat", 0)) == (value, n) and wanted.items() <= r.items()]) for value in values] for n in repeats])
+        line, = axis.plot(values, each.mean(0), markersize=4, **style)
+        if len(repeats) > 1: axis.fill_between(values, each.min(0), each.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     figure, axes = plt.subplots(1, 1 + len(info["actions"]), figsize=(3.6 * (1 + len(info["actions"])), 2.9), dpi=85, layout="constrained")
-    axes[0].plot(values, mean("slice_psnr_db", cleaning="nothing"), "k.-")
     axes[0].set(title="price", ylabel="protected slice [dB, peak 4096]")
+    draw(axes[0], "slice_psnr_db", {"cleaning": "nothing"}, color="k", marker=".")
     for axis, action in zip(axes[1:], info["actions"]):
-        for k, cleaning in enumerate(info["cleanings"]): axis.plot(values, mean("lost_db", action=action, cleaning=cleaning), marker="os^Dv*"[k % 6], markersize=4, label=cleaning)
+        axis.set(title=f"effect: {action}", ylabel="forged square loses [dB]")
+        for k, cleaning in enumerate(info["cleanings"]): draw(axis, "lost_db", {"action": action, "cleaning": cleaning}, marker="os^Dv*"[k % 6], label=cleaning)
         axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.set(title=f"effect: {action}", ylabel="forged square loses [dB]"); axis.legend(fontsize=8, frameon=False, title="attacker cleans", title_fontsize=8)
+        axis.legend(fontsize=8, frameon=False, title="attacker cleans", title_fontsize=8)
     for axis in axes:
         log = min(values) > 0 and max(values) >= 10 * min(values)
         axis.set(xlabel=info["knob"], xscale="log" if log else "linear"); axis.grid(alpha=0.3)
