@@ -1,11 +1,11 @@
 """The rows of the detector's tables (chapter 19): every ablation and rival trained and tested, with intervals by scan.
 
-    python benchmarks/detector_tables.py --sets FOLDER --out RESULTS [--rows Ours ResNet50 ...] [--seeds 0 1 2] [--close 0.02] [--preset tiny] [--whole FOLDER] [--store cascade-tiny]
+    python benchmarks/detector_tables.py --sets FOLDER --out RESULTS [--rows Ours ResNet50 ...] [--seeds 0 1 2] [--close 0.02] [--preset tiny] [--whole phantom] [--store cascade-tiny]
     python benchmarks/detector_tables.py --make --sets FOLDER --out RESULTS ...
     python benchmarks/detector_tables.py --quick --out RESULTS
 
 `--sets` is a folder that `mits_data forge all` made (its subfolder `all`), or one with patches.npz (hu int16 (n, 68, 68), kind uint8 (n,)), global.npz and test.npz (slices under the keys hu_0, hu_1, ...; tampered, scan, action), and for the rows CTGAN-INJ and CTGAN-REM
-patches-inject.npz and patches-remove.npz; `write_sets` writes such a folder. `--make` makes one first, where it is not there, from the scans and phantoms of chapter 18: patches, second stage and test from different phantoms, the test patients of the shipped weights kept out (the other real patients are in the patches and in the second stage, as for the shipped weights). `--whole` holds forged and unforged scans with their history, as write_scan leaves them, for Table 4. `--quick` builds a miniature of
+patches-inject.npz and patches-remove.npz; `write_sets` writes such a folder. `--make` makes one first, where it is not there, from the scans and phantoms of chapter 18: patches, second stage and test from different phantoms, the test patients of the shipped weights kept out (the other real patients are in the patches and in the second stage, as for the shipped weights). `--whole` measures Table 4 on the eight scans that `mits_tables --data` makes of the same word: phantom, a data set or a folder. `--quick` builds a miniature of
 everything from phantoms, in minutes. The first seed trains every row; the others only those whose accuracy is within `--close` of the row Ours, and Ours itself. Every finished row is a JSON file in RESULTS, every network
 lies in RESULTS/networks, trainings go on from checkpoints: call it again after an interruption. `--store` joins all rows that are there into weights/NAME/tables.json, which the chapter shows.
 """
@@ -23,8 +23,9 @@ from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleN
 from mits_nb.detect.training import (ForgedSlices, OneKind, Source, TrainingConfig, build_patches, forged_slices, load_patches, load_slices, phantom_source, read_set, real_sources, save_patches, save_slices,
                                      set_slices, slice_patches)
 from mits_nb.detect.windows import window_centres
+from mits_nb.evaluate import Bench, EvaluateConfig, find_tests, forged_whole, scan_digest, whole_tests
 from mits_nb.phantom import make_phantom
-from mits_nb.scan import read_scan, write_scan
+from mits_nb.scan import read_scan
 
 
 def write_sets(folder, patches, slices, test):
@@ -81,17 +82,11 @@ def miniature(seeds, places):
 
 
 def quick_sets(out):
-    "A folder of sets, and one of whole scans."
+    "A folder of sets."
     patches, slices = miniature(range(1600, 1604), 8)
     _, test = miniature(range(60, 62), 6)
     write_sets(out / "sets", patches, slices, test)
-    forger = CTGAN.from_pretrained("ctgan-tiny")
-    for name, seed, action in (("BEN", 63, None), ("INJ1", 64, "inject")):
-        scan, _ = make_phantom(seed=seed, shape=(10, 256, 256), spacing=(2.5, 1.3, 1.3))
-        if action: scan = forger.tamper(scan, tuple(int(v) for v in lung_places(scan, 1, seed=seed, margin_mm=10)[0]), action=action)
-        (out / "whole").mkdir(parents=True, exist_ok=True)
-        write_scan(scan, out / "whole" / f"{name}.mha")
-    return out / "sets", out / "whole"
+    return out / "sets"
 
 
 def honest_volumes(slices):
@@ -115,18 +110,17 @@ def sets_of(name, patches, slices, test, memory):
     return memory["patches"], memory["slices"], memory["test"]
 
 
-def whole_scans(folder, patches, slices, config, out):
-    "Table 4: one JSON for each scan and method."
+def whole_scans(bench, patches, slices, config, out):
+    "Table 4: one JSON for each scan and method, with the scan's fingerprint."
+    cascades = {m: row_cascade(ROWS[m], patches[""], slices, config, 0, out / "networks") for m in ("Ours", "XceptionNet", "ResNet50")}
     found = {}
-    for method in ("Ours", "XceptionNet", "ResNet50"):
-        cascade = None
-        for path in sorted(p for p in Path(folder).iterdir() if p.name.endswith((".mha", ".nrrd", ".nii.gz")) or p.is_dir()):
-            name, file = path.name.split(".")[0], out / f"scan-{path.name.split('.')[0]}-{method.lower()}.json"
-            if not file.is_file():
-                cascade = cascade or row_cascade(ROWS[method], patches[""], slices, config, 0, out / "networks")
-                write_json(file, scan_row(cascade, read_scan(path)))
-            found.setdefault(name, {})[method] = read_json(file)
-            print(name, method, found[name][method], flush=True)
+    for role, name in whole_tests(bench).items():
+        scan = forged_whole(bench, name, role)
+        for method, cascade in cascades.items():
+            file, voxels = out / f"scan-{role}-{method.lower()}.json", scan_digest(scan)
+            if not file.is_file() or read_json(file)["voxels"] != voxels: write_json(file, {**scan_row(cascade, scan), "patient": name, "voxels": voxels})
+            found.setdefault(role, {})[method] = read_json(file)
+            print(role, method, found[role][method], flush=True)
     return found
 
 
@@ -138,15 +132,15 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--close", type=float, default=.02)
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--whole", type=Path)
+    parser.add_argument("--whole", metavar="DATA")
     parser.add_argument("--store")
     parser.add_argument("--make", action="store_true")
     parser.add_argument("--quick", action="store_true")
     a = parser.parse_args()
-    config = from_preset(TablesConfig, a.preset)
+    config, small = from_preset(TablesConfig, a.preset), {}
     if a.quick:
         if not (a.out / "sets" / "test.npz").is_file(): quick_sets(a.out)
-        a.sets, a.whole = a.out / "sets", a.out / "whole"
+        a.sets, a.whole, small = a.out / "sets", a.whole or "phantom", dict(shape=(10, 256, 256), spacing=(2.5, 1.3, 1.3))
         config = replace(config, width=.125, slice_steps=20, slice_batch=4, first=dict(batch=32, dense_batch=8, steps=60, dropout=.2), second=dict(components=8))
     if a.sets is None: parser.error("give --sets, or --quick")
     if a.make and not (a.sets / "test.npz").is_file(): make_sets(a.sets, from_preset(TrainingConfig, a.preset, **MADE.get(a.preset, {})))
@@ -157,7 +151,8 @@ def main():
             if i and abs(means[name] - means.get("Ours", means[name])) >= a.close: continue
             results.append(ablation(name, *sets_of(name, patches, slices, test, memory), seed, config, a.out))
             print(f"{name:>15} seed {seed}: " + ", ".join(f"{k} {v:.3f}" for k, v in results[-1]["scores"].items() if isinstance(v, float)) + f", {results[-1]['seconds']:.0f} s", flush=True)
-    scans = whole_scans(a.whole, patches, slices, config, a.out) if a.whole else {}
+    shown = from_preset(EvaluateConfig, a.preset, **small)
+    scans = whole_scans(Bench(shown, find_tests(a.whole, shown)), patches, slices, config, a.out) if a.whole else {}
     rows = table_rows(results)
     for title, table in (("Table 1", TABLE1), ("Table 2", {**TABLE2, **CYCLEGAN}), ("Table 3", TABLE3)): print(f"\n{title}\n{beside_paper(rows, table).to_string()}", flush=True)
     names = read_json(a.sets / "names.json")["test"] if (a.sets / "names.json").is_file() else []

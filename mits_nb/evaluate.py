@@ -8,13 +8,13 @@ __all__ = ['log', 'STORE', 'FITS', 'WEIGHTS', 'SCORES', 'ATTACKERS', 'PROTECTION
            'TestScan', 'phantom_tests', 'file_tests', 'scans_below', 'find_tests', 'check_fit', 'Bench',
            'forged_places', 'protection_rows', 'cell_of', 'fidelity_table', 'scaled_rows', 'sweep_rows', 'alpha_table',
            'protection_pictures', 'figure_6', 'figure_7', 'slice_rows', 'cycle_rows', 'score_cells', 'stored_cells',
-           'detector_table', 'whole_scan', 'scan_table', 'figure_4', 'figure_8', 'training_curves', 'SoapFilm',
-           'CopyMove', 'forger_of', 'protected_by', 'cleaned_scan', 'Judge', 'judges_of', 'detector_folders',
-           'honest_round', 'known_maps', 'arena_round', 'rate_above', 'arena_cells', 'headline', 'findings',
-           'table_cells', 'stored_rows', 'has_lpips', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run', 'TrainingSets',
-           'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour', 'colour_range',
-           'gains_view', 'alarms_view', 'tables_page', 'evaluate', 'arena_run_on', 'paint_matrix', 'arena_sentence',
-           'ArenaExplorer', 'mixed_units', 'paint_bars', 'AblationExplorer', 'stored_arena']
+           'detector_table', 'whole_tests', 'forged_whole', 'whole_scan', 'scan_table', 'figure_4', 'figure_8',
+           'training_curves', 'SoapFilm', 'CopyMove', 'forger_of', 'protected_by', 'cleaned_scan', 'Judge', 'judges_of',
+           'detector_folders', 'honest_round', 'known_maps', 'arena_round', 'rate_above', 'arena_cells', 'headline',
+           'findings', 'table_cells', 'stored_rows', 'has_lpips', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run',
+           'TrainingSets', 'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour',
+           'colour_range', 'gains_view', 'alarms_view', 'tables_page', 'evaluate', 'arena_run_on', 'paint_matrix',
+           'arena_sentence', 'ArenaExplorer', 'mixed_units', 'paint_bars', 'AblationExplorer', 'stored_arena']
 
 # %% ../nbs/20_evaluate.ipynb #70912f1d
 import base64, copy, functools, glob, hashlib, html, json, logging, math
@@ -577,26 +577,48 @@ def detector_table(
     notes = ["Half of the slices are forged. Intervals (95 %) by patient; of stored rows only the accuracy has one. Live and stored rows were tested on different slices: compare stored rows with the stored Ours."]
     return {"paper": "cascade", "table": number, "title": titles[number], "units": {}, "rows": out, "notes": notes}
 
-# %% ../nbs/20_evaluate.ipynb #b9aaeccb
-def whole_scan(
+# %% ../nbs/20_evaluate.ipynb #42d6c203
+def whole_tests(
+    bench: Bench, # Its tests grow by the phantoms of Table 4
+) -> dict[str, str]: # Role ("BEN", "MAL", "INJ1" ... "REM3") -> name of the scan
+    "Which scan plays which role. On phantoms each is a patient of its own; other data are used in turn."
+    from mits_nb.detect.training import WHOLE
+    if all("phantom" in t.origin for t in bench.tests.values()):
+        tests = phantom_tests([49], bench.config, n_nodules=0) + phantom_tests([50, 52, 53, 54, 56, 57, 58], bench.config)
+    else: tests = list(bench.tests.values())
+    bench.tests |= {t.name: t for t in tests}
+    return {role: tests[i % len(tests)].name for i, role in enumerate(WHOLE)}
+
+# %% ../nbs/20_evaluate.ipynb #072aa86c
+def forged_whole(
     bench: Bench, # Scans and networks
     name: str, # Of the scan that is forged
-    role: str, # "BEN", "MAL", "INJ1" ... "REM3"
-) -> dict: # figures of `scan_row`, and arrays: hu (k, n, n), heat (k, r, c) of slices around a forgery, truth
-    "One line of the cascade's Table 4, and what Figures 4 and 8 are drawn from."
-    from mits_nb.detect.cascade import note_slices, with_neighbours
-    from mits_nb.detect.rivals import scan_row
+    role: str, # One of the eight
+): # `Scan`, with its history
+    "One of the scans of the cascade's Table 4: as many forgeries as the paper's, in the lungs or at nodules."
     from mits_nb.detect.training import far_apart, lung_candidates
-    source, cascade = bench.source(name), bench.model("cascade")
-    scan, forged, action = source.scan, source.scan, {"INJ": "inject", "REM": "remove"}.get(role[:3])
+    source, action = bench.source(name), {"INJ": "inject", "REM": "remove"}.get(role[:3])
+    scan = source.scan
     if action:
         n, key = published("cascade", "Table 4, 3D")[role]["tp"], int(rng(bench.config.seed, role).integers(2**31))
         places = lung_candidates(scan, source.mask, key)
         if action == "remove" and len(source.nodules): places = np.concatenate([source.nodules, places])
         attacker = bench.model(("attacker", "attacker:zeros")[int(role[3]) % 2])
-        for i, at in enumerate(far_apart(places, scan.spacing, n)): forged = attacker.tamper(forged, tuple(at), action, seed=bench.config.seed + i)
+        for i, at in enumerate(far_apart(places, scan.spacing, n)): scan = attacker.tamper(scan, tuple(at), action, seed=bench.config.seed + i)
+    return scan
+
+# %% ../nbs/20_evaluate.ipynb #b9aaeccb
+def whole_scan(
+    bench: Bench, # Scans and networks
+    name: str, # Of the scan that is forged
+    role: str, # "BEN", "MAL", "INJ1" ... "REM3"
+) -> dict: # figures of `scan_row`; voxels (fingerprint) and places; arrays: hu (k, n, n), heat (k, r, c) of slices around a forgery
+    "One line of the cascade's Table 4, and what Figures 4 and 8 are drawn from."
+    from mits_nb.detect.cascade import note_slices, with_neighbours
+    from mits_nb.detect.rivals import scan_row
+    forged, cascade = forged_whole(bench, name, role), bench.model("cascade")
     notes = [note for note in forged.history if note.get("kind") == "forged"]
-    out = {"row": scan_row(cascade, forged), "places": [[round(v) for v in note["at"]] for note in notes]}
+    out = {"row": scan_row(cascade, forged), "voxels": scan_digest(forged), "places": [[round(v) for v in note["at"]] for note in notes]}
     if notes:
         touched = note_slices(notes[0], forged)
         chosen = sorted({touched[round(i * (len(touched) - 1) / 4)] for i in range(5)})
@@ -614,11 +636,13 @@ def scan_table(
     paper, regions, rows = published("cascade", "Table 4"), published("cascade", "Table 4, 3D"), {}
     columns = ("spacing", "tp", "tn", "fp", "fn", *SCORES)
     one = lambda value, figure, **more: {"ours": None if value is None else round(float(value), 6), "low": None, "high": None, "paper": figure, **more}
+    beside = "Ours, trained beside the rivals"
     for role in names:
-        for method in ("XceptionNet", "ResNet50"):
-            line = stored.get(role, {}).get(method)
-            how = "measured beforehand by benchmarks/detector_tables.py, on another scan" if line else "not measured: its network is not shipped"
-            rows[f"{role}/{method}"] = {c: one((line or {}).get(c), paper[f"{role}/{method}"][c], n=1 if line else 0, how=how) for c in columns}
+        for method, key in (("XceptionNet", "XceptionNet"), ("ResNet50", "ResNet50"), *([(beside, "Ours")] if "Ours" in stored.get(role, {}) else [])):
+            line, figures = stored.get(role, {}).get(key), paper.get(f"{role}/{method}", {})
+            where = "on the same scan" if line and line.get("voxels") == got[f"whole/{role}"]["voxels"] else "on another scan"
+            how = f"measured beforehand by benchmarks/detector_tables.py, {where}" if line else "not measured: its network is not shipped"
+            rows[f"{role}/{method}"] = {c: one((line or {}).get(c), figures.get(c), n=1 if line else 0, how=how) for c in columns}
         line = got[f"whole/{role}"]["row"]
         found, forged = line["regions"], role not in ("BEN", "MAL")
         figure = {c: None if c in SCORES[1:] and not forged else line[c] for c in columns}
@@ -1060,15 +1084,10 @@ def scan_cells(
     stored: dict, # From `stored_rows`
     figure: Callable, # As in `table_cells`
 ) -> list[Cell]:
-    "Table 4 of the cascade and its Figures 4 and 8. On phantoms each scan is a patient of its own; other data are used in turn."
-    c, roles = bench.config, ("BEN", "MAL", "INJ1", "INJ2", "INJ3", "REM1", "REM2", "REM3")
-    if all("phantom" in t.origin for t in bench.tests.values()):
-        tests = phantom_tests([49], c, n_nodules=0) + phantom_tests([50, 52, 53, 54, 56, 57, 58], c)
-    else: tests = list(bench.tests.values())
-    names = {role: tests[i % len(tests)].name for i, role in enumerate(roles)}
-    bench.tests |= {t.name: t for t in tests}
+    "Table 4 of the cascade and its Figures 4 and 8."
+    c, names = bench.config, whole_tests(bench)
     seen, forgeries = {t: bench.data_cell(t) for t in set(names.values())}, published("cascade", "Table 4, 3D")
-    whole = {role: Cell(f"whole/{role}", lambda _, role=role, name=name: whole_scan(bench, name, role), {"role": role, "forgeries": forgeries.get(role, {}).get("tp", 0), "seed": c.seed} | bench.uses("attacker", "attacker:zeros", "cascade"), (seen[name],), 14.) for role, name in names.items()}
+    whole = {role: Cell(f"whole/{role}", lambda _, role=role, name=name: whole_scan(bench, name, role), {"role": role, "forgeries": forgeries.get(role, {}).get("tp", 0), "seed": c.seed, "gives": ["row", "voxels", "places"]} | bench.uses("attacker", "attacker:zeros", "cascade"), (seen[name],), 14.) for role, name in names.items()}
     return [Cell("table/cascade/Table 4", lambda got: scan_table(got, names, stored.get("scans", {})), {"names": names, "stored": digest(plain(stored.get("scans", {}))), "paper": digest([published("cascade", "Table 4"), forgeries])}, tuple(whole.values())),
             figure("cascade", "Figure 4", "A forged slice (the forged square in red), and the same slice under its heatmap.", lambda got: figure_4(got["whole/INJ1"]), whole["INJ1"]),
             figure("cascade", "Figure 8", "Slices around the forgery in INJ1 and REM1, each above its heatmap. The paper's columns for XceptionNet and ResNet50 need networks that are not shipped.", lambda got: figure_8({r: got[f"whole/{r}"] for r in ("INJ1", "REM1")}), whole["INJ1"], whole["REM1"])]

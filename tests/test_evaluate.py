@@ -536,3 +536,23 @@ def test_every_published_figure_has_a_cell(small, tmp_path):
         t = ev.detector_table(number, {"slices/a": slices()} if number != "Section 5" else {"cycle/a": slices()}, {}, ev.MEASURED, 5)
         for row, columns in published("cascade", number).items():
             for column, value in columns.items(): assert t["rows"][row][column]["paper"] == value
+
+
+def test_table_4_says_whether_a_rival_saw_the_same_scan():
+    line = {c: 1. for c in ("spacing", "tp", "tn", "fp", "fn", "accuracy", "precision", "recall", "f1")} | {"regions": {"tp": 1, "fp": 0, "fn": 0}}
+    got = {f"whole/{role}": {"row": line, "voxels": "a" + role, "places": []} for role in ("BEN", "INJ1")}
+    stored = {"BEN": {"XceptionNet": line | {"voxels": "aBEN"}, "Ours": line | {"voxels": "aBEN"}}, "INJ1": {"XceptionNet": line | {"voxels": "other"}}}
+    rows = ev.scan_table(got, {"BEN": "phantom-49-0", "INJ1": "phantom-52"}, stored)["rows"]
+    assert rows["BEN/XceptionNet"]["tp"]["how"].endswith("on the same scan") and rows["INJ1/XceptionNet"]["tp"]["how"].endswith("on another scan")
+    assert rows["BEN/ResNet50"]["tp"]["ours"] is None and "not shipped" in rows["BEN/ResNet50"]["tp"]["how"]
+    assert "BEN/Ours, trained beside the rivals" in rows and not any(row.startswith("INJ1/Ours, trained") for row in rows)
+    assert rows["INJ1/Ours-3D"]["recall"]["ours"] == 1 and rows["BEN/Ours-3D"]["recall"]["ours"] == 1
+
+
+def test_whole_tests_of_phantoms_are_patients_of_their_own_and_others_take_turns(tmp_path):
+    config = from_preset(ev.EvaluateConfig, "tiny")
+    bench = ev.Bench(config, ev.find_tests("phantom", config))
+    names = ev.whole_tests(bench)
+    assert len(set(names.values())) == 8 and set(names.values()) <= set(bench.tests) and list(names)[:3] == ["BEN", "MAL", "INJ1"]
+    (tmp_path / "one.nrrd").write_bytes(b"x")
+    assert set(ev.whole_tests(ev.Bench(config, ev.find_tests(str(tmp_path), config))).values()) == {"one"}
