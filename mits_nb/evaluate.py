@@ -799,7 +799,7 @@ def cleaned_scan(
 # %% ../nbs/20_evaluate.ipynb #93cf8dbe
 @dataclass(frozen=True)
 class Judge:
-    "A detector of the arena: score of places, and regions where it has any."
+    "A detector of the arena: how suspicious places are, and regions where it has any."
     name: str # In tables
     maps: Callable | None = field(default=None, repr=False) # HU (z, y, x) -> (z, rows, columns), every slice by itself; None: the ratio of noise levels
     depth_mm: float = 0. # Of the neighbours that are asked too (chapter 17)
@@ -811,17 +811,15 @@ class Judge:
         scan, # `Scan`
         places: Iterable, # (z, y, x) voxels
         maps: np.ndarray | None = None, # What `maps` says of the scan; None: it is asked
-    ) -> tuple[list[float], list[dict]]: # Score of each place; regions of any certainty
-        "How suspicious the places are."
+    ) -> tuple[list[float], list[dict]]: # Score of each place; regions that are sure
+        "How suspicious the places are (chapter 17's `suspicion`)."
         if self.maps is None:
             from mits_nb.attack.tamper import noise_ratio
             ratios = [noise_ratio(scan, at) for at in places]
             return [abs(math.log(max(r, 1e-3))) if math.isfinite(r) else 0. for r in ratios], []
-        from mits_nb.detect.cascade import find_regions, with_neighbours
-        from mits_nb.detect.training import score_at
-        maps = self.maps(scan.hu) if maps is None else maps
-        regions = find_regions(with_neighbours(maps, scan.spacing[0], self.depth_mm), scan, self.hot, 0.)
-        return [score_at(regions, scan.voxel_to_world(at)) for at in places], regions
+        from mits_nb.detect.cascade import find_regions, suspicion, with_neighbours
+        maps = with_neighbours(self.maps(scan.hu) if maps is None else maps, scan.spacing[0], self.depth_mm)
+        return [suspicion(maps, scan.spacing, at) for at in places], find_regions(maps, scan, self.hot, self.sure)
 
     def again(
         self,
@@ -902,7 +900,7 @@ def arena_round(
     protection: str, # Of `PROTECTIONS`
 ) -> dict: # {"rows": [...]}: per place at, action, damage, lesion, scores of the judges, called, f1
     "One attacker against one protection on one scan."
-    from mits_nb.detect.training import painted
+    from mits_nb.detect.training import painted, score_at
     from mits_nb.metrics import localisation
     from mits_nb.protect.mitsgan import cuboid_crop
     from mits_nb.protect.sweep import Forgery, forgery_row
@@ -919,9 +917,9 @@ def arena_round(
         scores, reported = {}, []
         for judge in judges:
             (scores[judge.name],), regions = judge.look(forged, [at], judge.again(forged, cleaned, known_maps(bench, judge, name, protection, cleaning, cleaned)))
-            if judge.name == "cascade": reported = [r for r in regions if r["score"] >= judge.sure]
+            if judge.name == "cascade": reported = regions
         found = localisation(painted([at], forged), painted([r["centre_voxel"] for r in reported], forged))
-        rows.append({"at": at, "action": action, **{k: damage[k] for k in ("unprotected_db", "protected_db", "lost_db", "square_ssim", "lesion", "lesion_unprotected")}, "scores": scores, "called": bool(scores["cascade"] >= judges[0].sure), "f1": found["f1"]})
+        rows.append({"at": at, "action": action, **{k: damage[k] for k in ("unprotected_db", "protected_db", "lost_db", "square_ssim", "lesion", "lesion_unprotected")}, "scores": scores, "called": score_at(reported, scan.voxel_to_world(at)) > 0, "f1": found["f1"]})
     return {"rows": rows}
 
 # %% ../nbs/20_evaluate.ipynb #f7575ef6
@@ -1111,7 +1109,7 @@ def arena_run(
     detectors: str | Path | None = None, # See `judges_of`
 ) -> Cell: # Its result: cells, gains, alarms, findings
     "The arena, one cell for each attacker, protection and scan. Raises `UsageError` for unknown names."
-    attackers, protections, c, made, judges = list(attackers), list(protections), bench.config, [], []
+    attackers, protections, c, made, judges, judged = list(attackers), list(protections), bench.config, [], [], "whole slices, by suspicion"
     if wrong := [a for a in attackers if a not in ATTACKERS] + [p for p in protections if p not in PROTECTIONS]: raise UsageError(f"the arena knows no {wrong[0]!r}: attackers are {', '.join(ATTACKERS)}; protections {', '.join(PROTECTIONS)}")
     if "none" not in protections: raise UsageError("the arena compares with unprotected scans: put 'none' among the protections")
     def look(function, *args):
@@ -1123,8 +1121,8 @@ def arena_run(
         data = (bench.data_cell(name),)
         for p in protections:
             base = {"seed": c.seed, "places": c.arena_places, "detectors": others} | bench.uses("cascade", "attacker", *roles[p]) | ({"steps": c.pgd_steps} if p == "PGD" else {})
-            made.append(Cell(f"honest/{p}/{name}", lambda _, name=name, p=p: look(honest_round, name, p), base | {"honest_places": c.honest_places, "judged": "whole slices"}, data, 12.))
-            for a in attackers: made.append(Cell(f"arena/{a}/{p}/{name}", lambda _, name=name, p=p, a=a: look(arena_round, name, a, p), base | {"attacker": list(ATTACKERS[a]), "judged": "whole slices"} | (bench.uses("attacker:zeros") if a == "other CT-GAN" else {}), data, c.arena_places * 2.))
+            made.append(Cell(f"honest/{p}/{name}", lambda _, name=name, p=p: look(honest_round, name, p), base | {"honest_places": c.honest_places, "judged": judged}, data, 12.))
+            for a in attackers: made.append(Cell(f"arena/{a}/{p}/{name}", lambda _, name=name, p=p, a=a: look(arena_round, name, a, p), base | {"attacker": list(ATTACKERS[a]), "judged": judged} | (bench.uses("attacker:zeros") if a == "other CT-GAN" else {}), data, c.arena_places * 2.))
     def sum_up(got):
         got = {k: v for k, v in got.items() if k.startswith(("arena/", "honest/"))}
         cells, answer = arena_cells(got, c.resamples), headline(got, c.resamples)

@@ -9,7 +9,7 @@ from scipy import ndimage as ndi
 
 from mits_nb.core import DataError, DetectError, OutputError, TrainError, UsageError, WeightsError, from_preset
 from mits_nb.detect.cascade import (REPORT_SCHEMA, TRUSTED, Cascade, CascadeConfig, Report, divided, draw_heatmap, enough_in_a_row, fewer_components, find_regions, glcm, load_svm, predictive_value, quantised,
-                                    reach_of, read_report, run_rule, slice_features, stored_types, train_svm, verdict_worth, with_neighbours)
+                                    reach_of, read_report, run_rule, slice_features, stored_types, suspicion, train_svm, verdict_worth, with_neighbours)
 from mits_nb.detect.cnn import Detector
 from mits_nb.detect.windows import grid_shape, to_pixels, touched_slices
 from mits_nb.scan import Scan
@@ -462,3 +462,20 @@ def test_shipped_cascade_loads_and_is_small():
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 15e6
     assert (folder / "detector" / "model.safetensors").stat().st_size <= 12e6 and stored_types(folder / "svm.skops") <= TRUSTED
     assert cascade.record["history"]["rows"] and "Measured" in cascade.record["card"]
+
+
+def test_suspicion_asks_the_cells_nearby_in_the_depth_of_a_forgery():
+    heat = np.full((12, 40, 40), .01, np.float32)
+    heat[4:9, 20, 10] = .9 # the middle of that window: y 95.5, x 55.5
+    at, spacing = (6, 95.5, 55.5), (4., 1., 1.)
+    odds = lambda p: np.log(p / (1 - p))
+    assert suspicion(heat, spacing, at) == pytest.approx(1 / (1 + np.exp(-odds(.9)))), "two slices to each side at 4 mm: all of them hot"
+    mixed = (5 * odds(.9) + 2 * odds(.01)) / 7
+    assert suspicion(heat, (3., 1., 1.), at) == pytest.approx(1 / (1 + np.exp(-mixed)), rel=1e-4), "three to each side at 3 mm"
+    assert suspicion(heat, spacing, (6, 95.5, 59.5)) == pytest.approx(.9, abs=1e-4) and suspicion(heat, spacing, (6, 95.5, 63.5)) == pytest.approx(.01, abs=1e-4), "4 mm away counts, 8 mm do not"
+    assert suspicion(heat, (4., 3., 3.), (6, 96.9, 56.9)) == pytest.approx(.9, abs=1e-4) and suspicion(heat, (4., 3., 3.), (6, 95.5, 59.5)) == pytest.approx(.01, abs=1e-4), "coarse pixels: the nearest cell, wherever its middle is"
+    assert suspicion(heat, spacing, (0, 0, 0)) == pytest.approx(.01, abs=1e-4) and suspicion(np.zeros((1, 5, 5)), spacing, (0, 9, 9)) == pytest.approx(1e-4)
+    with pytest.raises(UsageError, match="outside the 12 slices"): suspicion(heat, spacing, (12, 0, 0))
+    report = Report([], [], heat, scan={"shape": [12, 180, 180], "spacing_mm": list(spacing)})
+    assert report.suspicion(at) == suspicion(heat, spacing, at)
+    with pytest.raises(UsageError, match="outside the scan"): report.suspicion((6, 180, 0))

@@ -400,7 +400,7 @@ def test_only_changed_slices_are_asked_again_and_the_answer_is_the_same():
     again = judge.again(after, before, known)
     assert asked == [12, 6] and (again == judge.maps(after.hu)).all() and not known.any()
     at = (6, 48, 48)
-    assert judge.look(after, [at], again) == judge.look(after, [at]) and judge.look(after, [at])[0][0] > .9 and judge.look(before, [at])[0] == [0.]
+    assert judge.look(after, [at], again) == judge.look(after, [at]) and judge.look(after, [at])[0][0] > .8 and judge.look(before, [at])[0][0] < .01
     assert ev.Judge("noise ratio").again(after, before, None) is None
 
 

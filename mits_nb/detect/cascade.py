@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'TRUSTED', 'REPORT_SCHEMA', 'PAGE_STYLE', 'REPORT_TEMPLATE', 'quantised', 'glcm', 'reach_of', 'with_neighbours',
            'CascadeConfig', 'slice_features', 'new_svm', 'fewer_components', 'train_svm', 'stored_types', 'load_svm',
-           'run_rule', 'enough_in_a_row', 'divided', 'find_regions', 'note_slices', 'slice_truth', 'predictive_value',
-           'verdict_worth', 'Report', 'read_report', 'region_table', 'slices_of', 'draw_heatmap', 'report_figure',
-           'region_figure', 'figure_png', 'embedded', 'report_page', 'Cascade', 'file_sha256', 'save_cascade',
-           'load_cascade', 'window_at', 'window_picture', 'glcm_picture', 'as_report', 'as_truth', 'inspector_overlays',
-           'inspector_status', 'inspector_controls', 'HeatmapInspector', 'region_voxel', 'hottest_voxel', 'go_to',
-           'wire_inspector']
+           'run_rule', 'enough_in_a_row', 'divided', 'find_regions', 'suspicion', 'note_slices', 'slice_truth',
+           'predictive_value', 'verdict_worth', 'Report', 'read_report', 'region_table', 'slices_of', 'draw_heatmap',
+           'report_figure', 'region_figure', 'figure_png', 'embedded', 'report_page', 'Cascade', 'file_sha256',
+           'save_cascade', 'load_cascade', 'window_at', 'window_picture', 'glcm_picture', 'as_report', 'as_truth',
+           'inspector_overlays', 'inspector_status', 'inspector_controls', 'HeatmapInspector', 'region_voxel',
+           'hottest_voxel', 'go_to', 'wire_inspector']
 
 # %% ../../nbs/17_detect.cascade.ipynb #9d017274
 import base64, hashlib, io, json, logging, zipfile
@@ -302,6 +302,24 @@ def find_regions(
         for where in lasting or [patch & cells[box]]: regions.append(_region(where, heatmaps[box], box, scan)) # where no part lasts by itself, the patch stays whole
     return sorted([region for region in regions if region["score"] >= sure], key=lambda region: -region["score"])
 
+# %% ../../nbs/17_detect.cascade.ipynb #32895681
+def suspicion(
+    heatmaps: np.ndarray, # (z, rows, columns), 0..1
+    spacing: tuple, # (z, y, x) mm of the scan
+    at: tuple, # (z, y, x) voxel, fractions allowed
+    near_mm: float = 5., # How far from the place a cell's middle may lie, in the slice; the nearest cell always counts
+    deep_mm: float = 20., # Depth of tissue that counts, the place in the middle; the place's own slice always counts
+) -> float: # 0..1
+    "How suspicious one place is: the hottest cell nearby, slice by slice, mean log-odds as a probability. Raises `UsageError` for a place outside the scan's slices."
+    z, steps = round(float(at[0])), 4 * np.abs(spacing[1:])
+    if not 0 <= z < len(heatmaps): raise UsageError(f"place {tuple(at)} lies outside the {len(heatmaps)} slices of the heatmaps: give a voxel (z, y, x) of the scan")
+    reach = reach_of(spacing[0], deep_mm)
+    off = [(np.arange(n) * 4 + 15.5 - a) / 4 * s for n, a, s in zip(heatmaps.shape[1:], at[1:], steps)] # mm from the middles of the pixels 4 i ... 4 i + 31
+    away = np.hypot(off[0][:, None], off[1])
+    near = away <= max(near_mm, away.min())
+    p = np.clip(heatmaps[max(z - reach, 0):z + reach + 1][:, near].max(1), 1e-4, 1 - 1e-4)
+    return float(1 / (1 + np.exp(-np.log(p / (1 - p)).mean())))
+
 # %% ../../nbs/17_detect.cascade.ipynb #f9bc6e39
 def note_slices(
     note: dict, # A forgery's note from the history of a scan
@@ -407,6 +425,12 @@ class Report:
     def save(self, path: str | Path) -> Path: # The file
         "Write the report as JSON. Raises `OutputError`."
         return write_json(path, self.to_dict())
+
+    def suspicion(self, at: tuple) -> float: # 0..1; `at` is a voxel (z, y, x)
+        "How suspicious one place is, region or not. Raises `UsageError` for a place outside the scan."
+        shape, spacing = (tuple(self.scan[k]) for k in ("shape", "spacing_mm"))
+        if any(not 0 <= a < n for a, n in zip(at, shape, strict=True)): raise UsageError(f"place {tuple(at)} lies outside the scan of {shape}: give a voxel (z, y, x) inside it")
+        return suspicion(self.heatmap, spacing, at)
 
     def table(self) -> "pandas.DataFrame": # One row per region, most certain first; empty without regions
         "The regions as a table."
