@@ -721,15 +721,15 @@ def load_cascade(
 def window_at(
     report: Report, # From `Cascade.inspect`
     at: tuple, # (z, y, x) voxel
-) -> dict: # cell (row, column); centre (y, x) in pixels; probability; inside the circle?; region: its index, or None
+) -> dict: # cell (row, column); centre (y, x) in pixels; probability; suspicion of the place; inside the circle?; region: its index, or None
     "The window of the grid that answers for a voxel, and what the report says about it. Raises `UsageError` for a slice that the report does not have."
     z, (rows, columns) = int(at[0]), report.heatmap.shape[1:]
     if not 0 <= z < len(report.heatmap): raise UsageError(f"slice {z} was not inspected: the report has slices 0 to {len(report.heatmap) - 1}")
     i, j = (min(max((int(v) - 14) // 4, 0), n - 1) for v, n in zip(at[1:], (rows, columns)))
     centre = (16 + 4 * i, 16 + 4 * j)
     region = next((k for k, r in enumerate(report.regions) if all(a <= v < b for v, (a, b) in zip((z, *centre), r["box_voxel"]))), None)
-    inside = bool(grid_mask(report.scan["shape"][1:])[i, j]) if "shape" in report.scan else True
-    return {"cell": (i, j), "centre": centre, "probability": float(report.heatmap[z, i, j]), "inside": inside, "region": region}
+    inside = bool(grid_mask(report.scan["shape"][1:])[i, j])
+    return {"cell": (i, j), "centre": centre, "probability": float(report.heatmap[z, i, j]), "suspicion": report.suspicion((z, *at[1:])), "inside": inside, "region": region}
 
 # %% ../../nbs/17_detect.cascade.ipynb #7645934b
 def window_picture(
@@ -815,6 +815,7 @@ def inspector_status(
     one, region = report.slices[z], here["region"]
     words = [f"slice {z}: probability {one['probability']:.2f}, called {'tampered' if one['tampered'] else 'unforged'}",
              f"window at y, x = {here['centre'][0]}, {here['centre'][1]}: {here['probability']:.2f}" + ("" if here["inside"] else " (outside the circle, not looked at)")]
+    if here["inside"]: words.append(f"suspicion of this place, 20 mm deep: {here['suspicion']:.2f}")
     if region is not None: words.append(f"region {region + 1} of {len(report.regions)}, score {report.regions[region]['score']:.2f}")
     if truth is not None: words.append("truth: " + ("changed in this slice" if truth.mask[z].any() else "unchanged slice"))
     return " · ".join(words)
