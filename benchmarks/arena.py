@@ -3,7 +3,8 @@
     python benchmarks/arena.py --out FOLDER [--data phantom] [--seeds 12 13 14 16] [--places 4] [--pixels 352] [--detectors FOLDER] [--tables FOLDER] [--store arena-tiny]
     python benchmarks/arena.py --keep --tables FOLDER --store arena-tiny [--data phantom]
 
-Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--keep` renews the tables and the sentences of what is stored, and measures nothing; where nothing is stored yet, the tables alone are. `--store` writes weights/NAME/phantom.json, or scans.json for other data, and card.md. Phantoms here have pixels of about 1 mm on a
+Every attacker, protection and scan is a cell in FOLDER/cells: call it again after an interruption. `--tables` is a folder that mits_tables has written; its tables are stored beside the arena. `--keep` renews the tables and the sentences of what is stored, and measures nothing; where nothing is stored yet, the tables alone are. `--store` writes weights/NAME/phantom.json, or scans.json for other data, and card.md; an arena with `--detectors` is stored
+beside the one without them, as "rivals". Phantoms here have pixels of about 1 mm on a
 smaller grid than those of the tables: half the work, and the same question.
 """
 import argparse
@@ -51,10 +52,11 @@ def main():
         for row, line in zip(rows, values): print(f"{row:>16} " + " ".join(f"{v:15.2f}" for v in line))
     print("\n" + "\n".join(arena["findings"]))
     about = {"data": a.data, "settings": plain(asdict(config)), "weights": {bench.weights[role]: digest for role, digest in bench.uses(*bench.weights).items()}, "scans": {n: store.get(bench.data_cell(n)) for n in bench.tests}, "versions": versions()}
-    stored = {"about": about, "arena": arena, **tables}
-    write_json(a.out / name, stored)
+    write_json(a.out / name, {"about": about, "arena": arena, **tables})
     if a.store:
         folder = weights_path("ctgan-tiny").parent / a.store
+        before = read_json(folder / name) if (folder / name).is_file() else {}
+        stored = before | {"rivals": arena | {"about": about}} if a.detectors else before | {"about": about, "arena": arena} | (tables if a.tables else {})
         print("stored", write_json(folder / name, stored))
         (folder / "card.md").write_text("# Results of the arena and of the tables\n\nNo weights: figures that chapter 20 shows, measured by `benchmarks/arena.py` and `mits_tables` with the weights whose fingerprints stand under `about`.\n", encoding="utf-8")
 

@@ -13,8 +13,9 @@ __all__ = ['log', 'STORE', 'FITS', 'WEIGHTS', 'SCORES', 'ATTACKERS', 'PROTECTION
            'detector_folders', 'honest_round', 'known_maps', 'arena_round', 'rate_above', 'arena_cells', 'headline',
            'findings', 'table_cells', 'stored_rows', 'has_lpips', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run',
            'TrainingSets', 'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour',
-           'colour_range', 'gains_view', 'alarms_view', 'tables_page', 'evaluate', 'arena_run_on', 'paint_matrix',
-           'arena_sentence', 'ArenaExplorer', 'mixed_units', 'paint_bars', 'AblationExplorer', 'stored_arena']
+           'colour_range', 'gains_view', 'alarms_view', 'judges_view', 'tables_page', 'evaluate', 'arena_run_on',
+           'paint_matrix', 'arena_sentence', 'ArenaExplorer', 'mixed_units', 'paint_bars', 'AblationExplorer',
+           'stored_arena']
 
 # %% ../nbs/20_evaluate.ipynb #70912f1d
 import base64, copy, functools, glob, hashlib, html, json, logging, math
@@ -1319,6 +1320,15 @@ def alarms_view(
         rows.append([a["protection"], f"{100 * a['share']:.1f} %", against, f"{a['slices']} / {a['patients']}", str(a["regions"])])
     return {"title": "Honest scans: what the cascade calls tampered all the same", "columns": ["protection", "slices called tampered", "against none: points, 95 % interval by patient", "slices / patients", "regions"], "rows": rows}
 
+# %% ../nbs/20_evaluate.ipynb #eb761384
+def judges_view(
+    arena: dict, # Result of `arena_run`
+) -> dict: # title, columns, rows: all text
+    "Every detector at the same places: AUC against honest places under the same protection, and the share found at 1 % false alarms on plain ones."
+    judges, lines = list(arena["cells"][0]["detectors"]), arena["cells"]
+    rows = [[c["attacker"], c["protection"], f"{c['n']} / {c['patients']}", *(f"{c['detectors'][j]['auc']:.2f}, {c['detectors'][j]['pd']:.0%}" for j in judges)] for c in lines]
+    return {"title": "Every detector: AUC, and forgeries found at 1 % false alarms", "columns": ["attacker", "protection", "places / patients", *judges], "rows": rows}
+
 # %% ../nbs/20_evaluate.ipynb #437bb6d8
 def tables_page(
     content: dict, # As in tables.json
@@ -1336,7 +1346,7 @@ def tables_page(
         heats.append({"title": title, "columns": protections, "rows": [(a, [{"text": text(v), "colour": "#%02x%02x%02x" % heat_colour(v, low, high)} for v in line]) for a, line in zip(attackers, values.tolist())]})
     shown = [t | table_view(t) | {"paper_title": titles[t["paper"]], "id": f"{t['paper']}-{t['table'].lower().replace(' ', '-')}"} for t in content["tables"]]
     return Environment(autoescape=True).from_string(PAGE).render(style=PAGE_STYLE, about=content["about"], tables=shown, figures=[f | {"paper_title": titles[f["paper"]]} for f in figures], arena=content.get("arena"), heats=heats,
-                                                                       arena_tables=[gains_view(content["arena"]), alarms_view(content["arena"])] if content.get("arena") else [])
+                                                                       arena_tables=[view(content["arena"]) for view in (gains_view, alarms_view, judges_view)] if content.get("arena") else [])
 
 # %% ../nbs/20_evaluate.ipynb #6ac83c28
 def evaluate(

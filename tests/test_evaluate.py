@@ -306,6 +306,8 @@ def test_views_of_gains_and_alarms():
     answer = ev.headline(arena(), 50)
     gains, alarms = ev.gains_view(answer), ev.alarms_view(answer)
     assert gains["columns"] == ["attacker", "MITS-GAN"] and [r[0] for r in gains["rows"]] == ["plain", "blur first"] and gains["rows"][0][1].startswith("+50 (+")
+    judges = ev.judges_view(result())
+    assert judges["columns"][:3] == ["attacker", "protection", "places / patients"] and judges["columns"][3:] == ["cascade", "noise ratio"] and all(len(row) == 5 and ", " in row[3] for row in judges["rows"])
     assert alarms["rows"][0][:3] == ["none", "5.0 %", ""] and alarms["rows"][1][1] == "15.0 %" and alarms["rows"][1][3:] == ["40 / 2", "2"]
 
 
@@ -360,6 +362,13 @@ def test_an_arena_is_stored_under_the_name_of_its_data(tmp_path, monkeypatch):
         script.main()
         assert [p.name for p in (tmp_path / name).iterdir()] == [name]
         assert json.loads((tmp_path / name / name).read_text())["about"]["weights"] == {"cascade-tiny": "digest"}
+    stored = lambda: json.loads((tmp_path / "kept" / "phantom.json").read_text())
+    write_json(tmp_path / "kept" / "phantom.json", {"arena": "old", "tables": ["kept"]})
+    for words in (["--detectors", "networks"], []):
+        monkeypatch.setattr(sys, "argv", ["arena.py", "--out", str(tmp_path / "again"), "--store", str(tmp_path / "kept"), *words])
+        script.main()
+        if words: assert stored()["arena"] == "old"
+    assert stored()["rivals"]["cells"] == stored()["arena"]["cells"] and stored()["rivals"]["about"] == stored()["about"] and stored()["tables"] == ["kept"]
 
 
 @pytest.fixture(scope="module")

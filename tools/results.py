@@ -245,7 +245,7 @@ def arena(content: dict | None) -> str | None:
     "Attackers against protections, as the detector sees them."
     if content is None or "arena" not in content:
         return None
-    from mits_nb.evaluate import MEASURES, alarms_view, arena_matrix, gains_view
+    from mits_nb.evaluate import MEASURES, alarms_view, arena_matrix, gains_view, judges_view
 
     first = content["arena"]["cells"][0]
     parts = [stale(content["about"]["weights"]) + f"**The arena.** Measured on: {', '.join(content['about']['scans'])}; {first['n']} forged places in {first['patients']} patients for each figure."]
@@ -254,7 +254,11 @@ def arena(content: dict | None) -> str | None:
         title = MEASURES[measure][0]
         parts.append(f"**{title[0].upper()}{title[1:]}.**\n\n" + table(["attacker", *protections], [[a, *(float(v) for v in line)] for a, line in zip(attackers, values)]))
     parts += [f"**{view['title']}.**\n\n" + table(view["columns"], view["rows"]) for view in (gains_view(content["arena"]), alarms_view(content["arena"]))]
-    return "\n\n".join([*parts, *(f"- {finding}" for finding in content["arena"].get("findings", ()))])
+    parts += [f"- {finding}" for finding in content["arena"].get("findings", ())]
+    if rivals := content.get("rivals"):
+        view = judges_view(rivals)
+        parts.append(stale(rivals["about"]["weights"]) + f"**{view['title']}.** Networks of [chapter 19](../nbs/19_detect.rivals.ipynb), trained alike and for a short time, beside the shipped cascade and the noise ratio. Measured on: {', '.join(rivals['about']['scans'])}.\n\n" + table(view["columns"], view["rows"]))
+    return "\n\n".join(parts)
 
 
 def render() -> str:
