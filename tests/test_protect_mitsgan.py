@@ -336,6 +336,15 @@ def test_a_search_that_meets_nan_stops_and_names_the_wave(phantom):
     with pytest.raises(TrainError, match=r"wave of 2\.7 mm at 0 degrees is not finite"): search_wave(task, PlaceBatches([phantom[0]], task.config))
 
 
+def test_a_wave_that_is_given_is_not_searched_and_trains_the_same(phantom):
+    more = dict(data=[phantom[0]], **SHORT | {"search": (3, 2, 1)})
+    searched = train_mitsgan("tiny", None, ToyAttacker(), **more)
+    wave = tuple(searched.protector.pattern.wave.tolist())
+    given = train_mitsgan("tiny", None, ToyAttacker(), wave=wave, **more | {"search": (0, 0, 0)})
+    assert all(torch.equal(a, b) for a, b in zip(searched.protector.state_dict().values(), given.protector.state_dict().values()))
+    assert train_mitsgan("tiny", None, ToyAttacker(), wave=(.1, 0.), **more).protector.pattern.wave.tolist() == pytest.approx([.1, 0.])
+
+
 def test_the_wave_keeps_its_length_in_mm_and_is_never_finer_than_the_pixels():
     pattern = Pattern((1 / 3, 0.0))
     for spacing, pixels in ((0.5, 6.0), (1.0, 3.0), (1.4, 2.5), (5.0, 2.5)):

@@ -292,12 +292,12 @@ def test_train_alphas_trains_each_once_and_loads_the_rest(tmp_path, monkeypatch)
     asked = []
     def train(preset, out, attacker, **options):
         asked.append((preset, options))
-        mitsgan = MitsGAN(Protector(8, blocks=1))
+        mitsgan = MitsGAN(Protector(8, blocks=1, wave=(.25, .125)))
         if out is not None: mitsgan.save_pretrained(out)
         return mitsgan
     monkeypatch.setattr(module, "train_mitsgan", train)
     first = module.train_alphas((0.2, 1), Forger(), tmp_path, steps=3)
-    assert list(first) == [0.2, 1.0] and asked == [("tiny", {"alpha": 0.2, "steps": 3}), ("tiny", {"alpha": 1.0, "steps": 3})]
+    assert list(first) == [0.2, 1.0] and asked == [("tiny", {"alpha": 0.2, "steps": 3}), ("tiny", {"alpha": 1.0, "wave": (.25, .125), "steps": 3})]
     again = module.train_alphas((0.2, 1, 5), Forger(), tmp_path)
     assert len(asked) == 3 and again[0.2].name == "alpha-0.2"
 

@@ -247,6 +247,7 @@ class MitsganConfig:
     band_mm: tuple[float, float] = (2.7, 12.0) # Wavelengths among which our pattern is searched; the change has no mean over squares of the longer one
     smooth: bool = False # Draw nothing finer than about four pixels
     search: tuple[int, int, int] = (8, 12, 2) # Wavelengths, directions, and batches on which each wave is tried
+    wave: tuple[float, float] | None = None # Cycles per mm of our pattern along y and x; None: searched
     noise: str = "gaussian" # Noise (paper: Gaussian; released: uniform)
     d_width: int = 16 # First layer of the discriminator of patches; the published one judges whole slices of 512 x 512 (first layer 1)
     alpha: float = 300.0 # Weight of 10 dB of damage against looking untouched (paper: 0.2 to 1, released: 0.1, of a squared error)
@@ -691,11 +692,11 @@ def train_mitsgan(
     batches = PlaceBatches(list(data) if isinstance(data, (list, tuple)) else training_scans(config, data), config, seed)
     with own_random_state(torch.device("cpu")):
         torch.manual_seed(torch_rng(seed, "mitsgan weights").initial_seed())
-        protector = Protector(config.width, config.variant, config.strength_hu, config.blocks, config.noise, quiet_mm=config.band_mm[1], smooth=config.smooth)
+        protector = Protector(config.width, config.variant, config.strength_hu, config.blocks, config.noise, **({} if config.wave is None else {"wave": config.wave}), quiet_mm=config.band_mm[1], smooth=config.smooth)
         if config.variant != "ours": protector.apply(_quiet_blocks)
         discriminator = ProtectorDiscriminator(config.d_width, "ours")  # the published ones take nothing but 512 x 512; a crop is smaller
     task = ProtectTask(protector, discriminator, attacker, config)
-    if config.variant == "ours": search_wave(task, batches, seed)
+    if config.variant == "ours" and config.wave is None: search_wave(task, batches, seed)
     started, work = time.perf_counter(), None if out is None else Path(out).with_name(Path(out).name + "-training")
     history = fit(task, batches, config.steps, seed=seed, out=work,
                   checkpoint_every=often(config.steps) if checkpoint_every is None else checkpoint_every, log_every=10, desc="training the protector")

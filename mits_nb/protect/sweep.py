@@ -345,11 +345,12 @@ def train_alphas(
     **options, # Passed to `train_mitsgan`: data, seed, and fields of `MitsganConfig`, e.g. fidelity=1.0
 ) -> dict[float, MitsGAN]: # alpha -> protector
     "The real sweep: a protector trained for every alpha, everything else alike. Raises what `train_mitsgan` raises."
-    trained = {}
+    trained, found = {}, {}
     for alpha in alphas:
         out = None if folder is None else Path(folder) / f"alpha-{alpha:g}"
         done = out is not None and (out / "model.safetensors").is_file()
-        trained[float(alpha)] = MitsGAN.from_pretrained(out) if done else train_mitsgan(preset, out, attacker, alpha=float(alpha), **options)
+        mitsgan = trained[float(alpha)] = MitsGAN.from_pretrained(out) if done else train_mitsgan(preset, out, attacker, alpha=float(alpha), **found | options)
+        if mitsgan.protector.variant == "ours": found = {"wave": tuple(mitsgan.protector.pattern.wave.tolist())} # the search knows nothing of alpha: once is enough
     return trained
 
 # %% ../../nbs/13_protect.sweep.ipynb #43771a91
