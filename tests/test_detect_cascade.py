@@ -1,6 +1,7 @@
 "Second stage, regions, reports, storage, the shipped weights."
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def test_glcm_equals_scikit_image(levels, shape):
     from skimage.feature import graycomatrix
     grey = np.random.default_rng(0).integers(0, levels, shape)
     ours = glcm(grey, levels)
+    assert np.array_equal(glcm(grey.astype(np.uint8), levels), ours), "pairs of bytes do not fit a byte"
     for one, c in zip(grey, ours): assert (graycomatrix(one.astype(np.uint8), [1], np.deg2rad([0, 45, 90, 135]), levels=levels)[:, :, 0] == c).all()
 
 
@@ -423,6 +425,12 @@ def test_stages_of_two_cascades_are_refused(small, tmp_path):
     with pytest.raises(WeightsError, match="does not belong"): Cascade.from_pretrained(a)
 
 
+def test_a_cascade_with_a_rival_is_not_stored(small, tmp_path):
+    from mits_nb.detect.rivals import DctDetector
+    with pytest.raises(UsageError, match="DctDetector cannot be stored"): Cascade(DctDetector(.125), small.svm, small.config, small.calibration).save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_changed_or_missing_files_are_refused(small, tmp_path):
     for i, name in enumerate(("svm.skops", "detector/model.safetensors", "config.json")):
         folder = small.save_pretrained(tmp_path / str(i))
@@ -440,6 +448,11 @@ def test_a_foreign_skops_file_runs_nothing(tmp_path):
     marker = tmp_path / "ran"
     skops.io.dump(functools.partial(os.system, f"touch {marker}"), tmp_path / "bad.skops")
     assert not stored_types(tmp_path / "bad.skops") <= TRUSTED
+    raw = bytearray(skops.io.dumps(functools.partial(os.system, "true"), compression=zipfile.ZIP_DEFLATED))
+    start = raw.index(b"schema.json") + 11
+    raw[start:start + 40] = bytes(40)
+    (tmp_path / "worse.skops").write_bytes(raw)
+    with pytest.raises(WeightsError, match="cannot be read"): stored_types(tmp_path / "worse.skops")
     with pytest.raises(WeightsError, match="no second stage needs"): load_svm(tmp_path / "bad.skops")
     assert not marker.exists()
     skops.io.dump(np.zeros(3), tmp_path / "array.skops")

@@ -1,10 +1,12 @@
 "The local detector: parts by hand, parameter counts, both uses, training."
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mits_nb.core import DetectError, TrainError, UsageError, WeightsError, torch_rng
+from mits_nb.core import DetectError, TrainError, UsageError, WeightsError, from_preset, torch_rng
 from mits_nb.detect.cnn import (CLEAN, FORGED, HARD, PAIRED, RIM, ChannelAttention, Detector, DetectorConfig, PatchSet, cut_patch, dense_targets, draw_batch,
                                 folded, doubled, local_pool, max_pool_same, random_view, standardise, train_detector)
 
@@ -174,3 +176,11 @@ def test_a_short_training_learns_and_repeats():
     assert all(torch.equal(state[0][k], state[1][k]) for k in state[0])
 
 
+
+
+def test_checkpoints_of_another_training_are_refused(tmp_path):
+    config = from_preset(DetectorConfig, "tiny", width=.125, batch=8, dense_batch=2, steps=2)
+    train_detector(patches(), config, seed=1, out=tmp_path / "lesson")
+    train_detector(patches(), config, seed=1, out=tmp_path / "lesson") # the same again: finished
+    for data, more in ((patches(seed=1), {}), (patches(), {"lr": 1e-5})):
+        with pytest.raises(TrainError, match="other settings or data"): train_detector(data, replace(config, **more), seed=1, out=tmp_path / "lesson")

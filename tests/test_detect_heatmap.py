@@ -116,3 +116,10 @@ def test_back_to_pixels():
     for y, x in window_centres()[::977]: assert (picture[y - 2:y + 2, x - 2:x + 2] == cells[(y - 16) // 4, (x - 16) // 4]).all()
     assert (picture[:14] == 0).all() and (picture[-14:] == 0).all()
     with pytest.raises(DetectError): to_pixels(cells, 256)
+
+
+def test_tensors_of_any_kind_and_ragged_lists():
+    hu = np.full((2, 40, 48), -850, np.int16)
+    for given in (torch.from_numpy(hu), torch.from_numpy(hu).to(torch.bfloat16), torch.from_numpy(hu).float().requires_grad_()):
+        assert as_slices(given).shape == hu.shape and abs(as_slices(given).astype(float) + 850).max() < 4
+    with pytest.raises(DetectError, match="different sizes"): as_slices([hu[0], hu[0, :36]])

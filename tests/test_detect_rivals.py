@@ -194,8 +194,8 @@ def test_batches_of_slices_are_balanced_and_filled_with_air():
 def test_whole_slices_of_any_size_get_a_probability():
     torch.manual_seed(0)
     for net in (TimmNet("xception", "tiny"), Detector(width=.125)):
-        p = whole_probability(net.train(), [np.zeros((64, 64), np.int16), np.full((80, 96), -900, np.int16)], False)
-        assert p.shape == (2,) and ((0 <= p) & (p <= 1)).all() and net.training
+        p = whole_probability(net.train(), [np.zeros((64, 64), np.int16), np.full((80, 96), -900, np.int16), np.full((66, 70), -900, np.int16), np.full((65, 71), -900, np.int16)], False)
+        assert p.shape == (4,) and ((0 <= p) & (p <= 1)).all() and net.training
         with pytest.raises(DetectError): whole_probability(net, [np.full((64, 64), np.nan, np.float32)], False)
 
 

@@ -12,7 +12,7 @@ from mits_nb.detect import training
 from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED
 from mits_nb.detect.rivals import CycleNet, forge_sets
 from mits_nb.detect.training import (SPLITS, WHOLE, ForgedSlices, SetsConfig, Source, eight_scans, forge_set, forger_variants, load_patches, load_slices, patient_splits, read_set, save_patches,
-                                      save_slices, set_slices, slice_patches)
+                                      save_slices, set_origins, set_slices, slice_patches, whole_scan)
 from mits_nb.phantom import make_phantom
 from mits_nb.scan import read_scan, write_scan
 
@@ -118,14 +118,31 @@ def test_other_settings_are_refused_and_damage_is_named(scans, made, tmp_path, m
     file.unlink()
     forge_set("all", out, scans, attackers=[Forger()], **SMALL)
     assert files_of(out) == files_of(made[0])
+    told = read_json(out / "sets.json")
+    for broken in (told | {"settings": []}, told | {"files": {"a.npz": {}}}):
+        (out / "sets.json").write_text(json.dumps(broken))
+        with pytest.raises(UsageError, match="damaged list"): forge_set("all", out, scans, attackers=[Forger()], **SMALL)
     (out / "sets.json").unlink()
     with pytest.raises(UsageError, match="no sets.json"): forge_set("all", out, scans, attackers=[Forger()], **SMALL)
+
+
+def test_an_interruption_in_the_first_file_leaves_a_folder_that_goes_on(scans, made, tmp_path, monkeypatch):
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(training.np, "savez_compressed", stop)
+    with pytest.raises(KeyboardInterrupt): forge_set("all", tmp_path / "set", scans, attackers=[Forger()], **SMALL)
+    monkeypatch.undo()
+    forge_set("all", tmp_path / "set", scans, attackers=[Forger()], **SMALL)
+    assert files_of(tmp_path / "set") == files_of(made[0])
 
 
 def test_patients_and_parts():
     with pytest.raises(DataError, match="at least 4 patients"): patient_splits({"a": "p", "b": "p", "c": "q", "d": "r"})
     four = patient_splits({n: n for n in "abcd"}, tested=["c"])
     assert sorted(map(len, four.values())) == [1, 1, 1, 1] and four["test"] == ["c"]
+    for tested in ("ab", "abcd"):
+        with pytest.raises(DataError, match="for the test alone"): patient_splits({n: n for n in "abcd"}, tested=tested)
+    five = patient_splits({n: n for n in "abcde"}, tested="ab")
+    assert five["test"] == ["a", "b"] and sorted(map(len, five.values())) == [1, 1, 1, 2]
     many = patient_splits({f"s{i}": f"p{i}" for i in range(400)})
     assert abs(len(many["local_train"]) / 400 - 27_400 / 35_400) < .06 and sum(map(len, many.values())) == 400
 
@@ -191,6 +208,23 @@ def test_cyclegan_set(scans, tmp_path):
     slices = read_set(tmp_path / "cyclegan", "local_train")
     assert set(slices.action) == {"denoise", ""} and slices.tampered.mean() == .5 and len(slices) == 30 and told["complete"]
     assert all((a != b).any() for a, b in zip(slices.hu[::2], slices.hu[1::2]))
+    assert forge_sets(["cyclegan"], tmp_path, scans, net=net, scale=.001)["cyclegan"] == told, "no forger takes part"
+    with torch.no_grad(): next(net.parameters()).add_(.01)
+    with pytest.raises(UsageError, match="another made by"): forge_sets(["cyclegan"], tmp_path, scans, net=net, scale=.001)
+
+
+def test_scans_that_are_called_phantoms_are_scans(scans, tmp_path):
+    for i, path in enumerate(sorted(scans.glob("scan-*.mha"))): shutil.copy(path, tmp_path / f"phantom-{i}.mha")
+    origins, _ = set_origins(SetsConfig(**SMALL), tmp_path)
+    assert sorted(o.name for o in origins) == [f"phantom-{i}" for i in range(4)] and all(o.seed is None for o in origins)
+    made, _ = set_origins(SetsConfig(**SMALL))
+    assert all(o.name == f"phantom-{o.seed}" for o in made)
+
+
+def test_whole_scans_have_a_seed(phantom):
+    source = Source.of("phantom", phantom[0], [])
+    one, same, other = (whole_scan("INJ1", source, [Forger()], seed) for seed in (0, 0, 1))
+    assert np.array_equal(one.hu, same.hu) and not np.array_equal(one.hu, other.hu)
 
 
 def test_files_of_slices_and_patches_in_and_out(tmp_path):
@@ -200,11 +234,20 @@ def test_files_of_slices_and_patches_in_and_out(tmp_path):
     back = load_slices(save_slices(tmp_path / "a.npz", slices))
     assert all(np.array_equal(a, b) for a, b in zip(hu, back.hu)) and back.at is None and back.action.tolist() == ["inject", "", "remove", ""]
     back = load_slices(save_slices(tmp_path / "b.npz", ForgedSlices(hu, slices.tampered, slices.scan, slices.action, np.array([[3, 20, 20], [3, 20, 20], [4, 18, 20], [1, 18, 20]]), np.zeros(4, int))))
+    for n in (0, 26):
+        with pytest.raises(UsageError, match="1 to 25"): slice_patches(back, n)
     patches = slice_patches(back)
     assert (patches.kind == FORGED).sum() == 50 and (patches.kind == PAIRED).sum() == 10 and (patches.kind == CLEAN).sum() == 40
     again = load_patches(save_patches(tmp_path / "c.npz", patches))
     assert np.array_equal(again.hu, patches.hu) and np.array_equal(again.kind, patches.kind)
+    assert save_patches(tmp_path / "no suffix", patches).is_file() and save_slices(tmp_path / "none either", slices).is_file() and not list(tmp_path.glob(".*"))
     (tmp_path / "d.npz").write_bytes(b"PK no")
+    for name in ("b.npz", "c.npz"): # the inside of the compressed data
+        raw = bytearray((tmp_path / name).read_bytes())
+        raw[len(raw) // 2:len(raw) // 2 + 64] = bytes(64)
+        (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match="b.npz"): load_slices(tmp_path / "b.npz")
+    with pytest.raises(DataError, match="c.npz"): load_patches(tmp_path / "c.npz")
     np.savez(tmp_path / "e.npz", hu=np.zeros(3), tampered=np.array([None], object))
     for name in ("d.npz", "e.npz", "none.npz"):
         for load in (load_slices, load_patches):

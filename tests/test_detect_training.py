@@ -8,7 +8,7 @@ import torch
 from mits_nb.core import TrainError, UsageError, from_preset
 from mits_nb.detect.cascade import Cascade, slice_truth
 from mits_nb.detect.cnn import FORGED, PAIRED
-from mits_nb.detect.training import (CONTROLS, Source, TrainingConfig, build_patches, disguised, far_apart, forge_round, forge_set, forged_pair, forged_slices, honest_twin, lung_candidates, painted,
+from mits_nb.detect.training import (CONTROLS, Source, TrainingConfig, build_patches, disguised, far_apart, forge_round, forge_set, forged_copy, forged_pair, forged_slices, honest_twin, lung_candidates, painted,
                                       passed_on, pasted_back, patches_of, perturbed_scan, place_scores, rescanned, score_at, summary, train_cascade)
 from mits_nb.scan import Scan
 
@@ -213,3 +213,16 @@ def test_learning_from_scans_without_lung_is_an_error():
     empty = Source("air", Scan(np.full((6, 64, 64), -1000, np.int16), (2.5, 1., 1.)), np.zeros((6, 64, 64), bool), np.zeros((0, 3), int))
     plain = from_preset(TrainingConfig, "tiny", perturbed=0., rescanned=0., protected=0., passed_on=0.)
     with pytest.raises(TrainError, match="no place could be forged"): build_patches([("air", lambda: empty, 2)], [Forger()], plain)
+
+
+def test_every_forger_removes_at_nodules_and_elsewhere_equally_often(source):
+    class Named(Forger):
+        def tamper(self, scan, at, action="inject", seed=0):
+            seen.append((self, action, tuple(map(int, at)) in nodules))
+            return super().tamper(scan, at, action, seed)
+    nodules = {tuple(map(int, at)) for at in source.nodules}
+    for n in (1, 2, 3, 4):
+        seen, forgers = [], [Named() for _ in range(n)]
+        for i in range(8 * n): forged_copy(source, i, forgers, 3)
+        removed = [(forgers.index(who), where) for who, action, where in seen if action == "remove"]
+        assert {(k, where): removed.count((k, where)) for k, where in removed} == {(k, where): 2 for k in range(n) for where in (True, False)}

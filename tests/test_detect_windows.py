@@ -80,3 +80,9 @@ def test_touched_slices_count_in_millimetres(dz, n):
 
 def test_touched_slices_are_clipped_to_the_scan():
     assert list(touched_slices(0, 2.5, 3)) == [0, 1, 2] and list(touched_slices(0, 1.0, 1)) == [0]
+
+
+def test_odd_windows_stay_inside_and_strides_leave_no_gap():
+    centres = training_centres((99, 99), True, size=100, window=33)
+    assert (centres + 17 <= 100).all() and (centres >= 16).all()
+    with pytest.raises(UsageError, match="from 1 to the window"): grid_shape(100, 32, 34)

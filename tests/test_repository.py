@@ -41,10 +41,12 @@ def test_notebook_is_clean(path):
     assert len(ids) == len(set(ids)), "cell ids must be unique"
     assert path.stat().st_size <= 1_000_000, "a notebook holds at most 1 MB"
     for cell in notebook["cells"]:
+        source = "".join(cell["source"])
         for output in cell.get("outputs", []):
             picture = output.get("data", {}).get("image/png")
             assert picture is None or len("".join(picture)) * 3 / 4 <= 100_000, "a figure holds at most 100 kB"
             assert output["output_type"] != "error", "a committed chapter shows no error"
+            assert picture is None or not source.startswith("#| data") or not any(word in source for word in ("show_slices(", "imshow(", "still(")), f"no picture of a patient is stored: clear the output of {cell['id']}"
             assert output.get("name") != "stderr", f"a committed chapter shows no warnings: {''.join(output['text'])[:200]}"
 
 

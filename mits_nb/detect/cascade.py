@@ -13,7 +13,7 @@ __all__ = ['log', 'TRUSTED', 'REPORT_SCHEMA', 'PAGE_STYLE', 'REPORT_TEMPLATE', '
            'hottest_voxel', 'go_to', 'wire_inspector']
 
 # %% ../../nbs/17_detect.cascade.ipynb #9d017274
-import base64, hashlib, io, json, logging, zipfile
+import base64, hashlib, io, json, logging, zipfile, zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,6 +45,7 @@ def glcm(
 ) -> np.ndarray: # int64 (z, levels, levels, 4): counts for 0, 45, 90, 135 degrees at distance 1
     "Grey-level co-occurrence matrices of many pictures at once: each pair of neighbours becomes one number, and the numbers are counted (paper, section 3.4)."
     grey = np.asarray(grey)
+    if grey.dtype.kind == "u": grey = grey.astype(np.int64) # a pair is one number, too large for a byte
     if grey.ndim != 3: raise DetectError(f"grey levels of shape {grey.shape} given: co-occurrence needs (z, rows, columns)")
     if grey.size and (grey.min() < 0 or grey.max() >= levels): raise DetectError(f"grey levels {grey.min()} to {grey.max()} do not fit 0 to {levels - 1}: quantise first")
     n, (rows, columns) = len(grey), grey.shape[1:]
@@ -177,8 +178,9 @@ def stored_types(
     path: str | Path, # A `.skops` file
 ) -> set[str]: # Every type that loading it would build
     "Read the table of contents of a skops file (a zip with a JSON inside) without building anything. Raises `WeightsError`."
-    try: schema = json.loads(zipfile.ZipFile(path).read("schema.json"))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    try:
+        with zipfile.ZipFile(path) as file: schema = json.loads(file.read("schema.json"))
+    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise WeightsError(f"{path} cannot be read as a skops file ({error}): fetch or train the weights again") from error
     found, todo = set(), [schema]
     while todo:
@@ -683,8 +685,9 @@ def save_cascade(
     cascade: Cascade, # Trained
     folder: str | Path, # Where to
 ) -> Path: # The folder
-    "Write detector/, svm.skops, config.json (with the fingerprints of both), history.json, card.md."
+    "Write detector/, svm.skops, config.json (with the fingerprints of both), history.json, card.md. Raises `UsageError` for a first stage that could not be read again."
     import skops.io
+    if not isinstance(cascade.detector, Detector): raise UsageError(f"a cascade with a {type(cascade.detector).__name__} cannot be stored: `load_cascade` reads a `Detector`; save the network by itself")
     with atomic_dir(folder) as temporary:
         cascade.detector.save_pretrained(temporary / "detector")
         (temporary / "svm.skops").write_bytes(skops.io.dumps(cascade.svm, compression=zipfile.ZIP_DEFLATED))

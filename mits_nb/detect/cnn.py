@@ -6,12 +6,13 @@
 __all__ = ['SCALINGS', 'CLEAN', 'PAIRED', 'RIM', 'FORGED', 'HARD', 'standardise', 'Pointwise', 'conv_bn', 'separable_bn',
            'max_pool_same', 'SpatialAttention', 'doubled', 'local_pool', 'ChannelAttention', 'PooledBlock', 'WideBlock',
            'by_bands', 'Detector', 'window_probability', 'folded', 'PatchSet', 'cut_patch', 'dense_targets',
-           'random_view', 'DetectorConfig', 'draw_batch', 'DetectorTask', 'settle', 'train_detector']
+           'random_view', 'DetectorConfig', 'draw_batch', 'DetectorTask', 'settle', 'same_recipe', 'train_detector']
 
 # %% ../../nbs/15_detect.cnn.ipynb #37afe03b
-import copy
+import copy, hashlib, json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attack.nets import HubNet
-from ..core import DetectError, TrainError, UsageError, kept_memory, pick_compute, torch_rng
+from ..core import DetectError, TrainError, UsageError, kept_memory, pick_compute, read_json, torch_rng, write_json
 from ..gan import History, Task, patience
 
 # %% ../../nbs/15_detect.cnn.ipynb #b6d1cd97
@@ -121,7 +122,7 @@ def local_pool(
     kind: str, # "max" or "mean"
     size: int = 8, # Edge of the neighbourhood in cells
 ) -> Tensor: # (B, C, (H + 1) // 2 + 1, ...): entry i sees the cells 2i - size/2 ... 2i + size/2 - 1
-    "Maximum or mean over the size x size cells around every second position; edge cells are repeated outwards."
+    "Maximum or mean over the size x size cells around every second position; at the edges pairs of cells (their maximum or mean) are repeated outwards."
     pool, combine = (F.max_pool2d, torch.maximum) if kind == "max" else (F.avg_pool2d, torch.add)
     pairs, half = pool(x, 2, ceil_mode=True), size // 2 # every second position starts at an even cell: pairs of cells suffice
     pooled = doubled(F.pad(pairs, [half // 2] * 4, mode="replicate"), half, combine)
@@ -234,6 +235,7 @@ class Detector(HubNet):
         return x
 
     def forward(self, hu: Tensor, dense: bool = False) -> Tensor:
+        if not dense and (odd := [-n % 4 for n in hu.shape[:1:-1]]) != [0, 0]: hu = F.pad(hu, (0, odd[0], 0, odd[1]), value=-1000.) # two halvings, whatever the size of a whole slice
         x = by_bands(self.front, hu) if dense and not torch.is_grad_enabled() else self.front(hu)
         for block in self.wide: x = block(x, dense)
         x = self.dropout(doubled(x, 8, torch.add) / 64 if dense else x.mean((2, 3), keepdim=True))
@@ -256,7 +258,7 @@ def window_probability(
     if hu.ndim != 4 or hu.shape[1:] != (1, 32, 32):
         raise DetectError(f"windows of shape {tuple(hu.shape)} given: the detector needs (N, 1, 32, 32) in HU")
     if not torch.isfinite(hu).all(): raise DetectError("some windows hold values that are not finite (NaN or infinity): repair or leave out those slices")
-    compute, training = pick_compute(next(net.parameters()).device.type), net.training
+    compute, training = pick_compute(str(next(net.parameters()).device)), net.training
     try:
         net.eval()
         with torch.inference_mode(), compute.autocast(), kept_memory():
@@ -428,7 +430,7 @@ def settle(
 ) -> Detector: # The same network in evaluation mode
     "Measure the statistics of batch normalisation again, without dropout, for both uses of the network alike."
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    compute = pick_compute(next(net.parameters()).device.type)
+    compute = pick_compute(str(next(net.parameters()).device))
     net.eval()
     for m in norms:
         m.reset_running_stats()
@@ -442,6 +444,16 @@ def settle(
     for m in norms: m.momentum = .05
     return net.eval()
 
+# %% ../../nbs/15_detect.cnn.ipynb #d5b2f1e8
+def same_recipe(
+    folder: str | Path, # Of checkpoints
+    recipe: dict, # JSON-able: what the training depends on besides its seed
+) -> None:
+    "Write down what a folder of checkpoints belongs to, or compare. Raises `TrainError` for checkpoints of another training."
+    file, recipe = Path(folder) / "recipe.json", json.loads(json.dumps(recipe))
+    if file.is_file() and read_json(file) != recipe: raise TrainError(f"{folder} holds checkpoints of a training with other settings or data: remove it, or choose another folder")
+    write_json(file, recipe)
+
 # %% ../../nbs/15_detect.cnn.ipynb #ee2df9a0
 def train_detector(
     patches: PatchSet, # To learn from
@@ -453,11 +465,12 @@ def train_detector(
     net: Detector | None = None, # Goes on with this one (changed in place); None starts anew
     show_progress: bool = True, # A bar when it takes longer than two seconds
 ) -> tuple[Detector, History]: # The network in evaluation mode, and the loss curves
-    "Train a detector on patches. Raises `TrainError` for patches of one class."
+    "Train a detector on patches. Raises `TrainError` for patches of one class, and for checkpoints of another training."
     from mits_nb.gan import fit
     patches.check()
+    if out is not None: same_recipe(out, {"config": asdict(config), "patches": hashlib.sha256(np.ascontiguousarray(patches.hu).tobytes() + patches.kind.tobytes()).hexdigest()})
     with torch.random.fork_rng(devices=[]): # the caller's random numbers stay as they are
-        torch.manual_seed(torch_rng(seed, "detector", "first weights").initial_seed())
+        torch.default_generator.manual_seed(torch_rng(seed, "detector", "first weights").initial_seed())
         net = (net or Detector(width=config.width, dropout=config.dropout)).to(memory_format=torch.channels_last)
     task = DetectorTask(net, config, validation)
     history = fit(task, lambda step, generator: draw_batch(patches, config, generator), config.steps, seed=seed, out=out, checkpoint_every=config.steps // 5, log_every=max(1, min(10, config.steps // 40)),

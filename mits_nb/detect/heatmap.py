@@ -19,7 +19,10 @@ def as_slices(
     scan_or_hu, # A `Scan`, or an array or tensor of HU, (z, y, x) or one slice (y, x)
 ) -> np.ndarray: # (z, y, x), dtype kept
     "The slices of whatever was given. Raises `DetectError` for other shapes, slices smaller than a window, or values that are not finite."
-    hu = np.asarray(getattr(scan_or_hu, "hu", scan_or_hu))
+    hu = getattr(scan_or_hu, "hu", scan_or_hu)
+    if torch.is_tensor(hu): hu = hu.detach().cpu().to(torch.float32 if hu.dtype == torch.bfloat16 else hu.dtype)
+    try: hu = np.asarray(hu)
+    except ValueError as error: raise DetectError("slices of different sizes cannot be inspected together: give them one by one") from error
     if hu.ndim == 2: hu = hu[None]
     if hu.ndim != 3 or not len(hu): raise DetectError(f"HU of shape {hu.shape} cannot be inspected: give a slice (y, x) or a volume (z, y, x)")
     grid_shape(hu.shape[1:]) # raises for slices smaller than a window
@@ -61,7 +64,7 @@ def dense_heatmaps(
 ) -> np.ndarray: # float32 (z, rows, columns), all cells, also outside the circle
     "All windows of each slice in one pass. Sizes that are not multiples of 4 are filled up to the right and below, where no window looks; slices that end in tissue are continued on all sides."
     device = next(net.parameters()).device
-    compute = pick_compute(device.type)
+    compute = pick_compute(str(device))
     net = folded(net).to(dtype=compute.dtype, memory_format=torch.channels_last)
     rows, columns = grid_shape(hu.shape[1:])
     out, step, cut = np.zeros((len(hu), rows, columns), np.float32), batch or (8 if device.type == "cuda" else 1), ends_in_tissue(hu)

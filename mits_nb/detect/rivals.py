@@ -28,9 +28,9 @@ from ..core import DataError, DetectError, TrainError, UsageError
 from ..core import atomic_dir, from_preset, import_torchvision, pick_compute, progress, read_json, rng, torch_rng, weights_path, write_json
 from ..data import published
 from .cascade import Cascade, CascadeConfig, slice_features, slice_truth, train_svm
-from .cnn import CLEAN, FORGED, PAIRED, Detector, DetectorConfig, DetectorTask, PatchSet, cut_patch, draw_batch, settle, standardise, train_detector, window_probability
+from .cnn import CLEAN, FORGED, PAIRED, Detector, DetectorConfig, DetectorTask, PatchSet, cut_patch, draw_batch, same_recipe, settle, standardise, train_detector, window_probability
 from .heatmap import as_slices, heatmap
-from .training import KINDS, ForgedSlices, Job, SetsConfig, Source, forge_set, make_file, save_slices
+from .training import KINDS, ForgedSlices, Job, SetsConfig, Source, forge_set, forger_record, make_file, save_slices
 from .windows import grid_shape, window_centres
 from ..gan import History, Task, fit, frozen, lsgan_d_loss, lsgan_g_loss
 from ..protect.mitsgan import ProtectorDiscriminator, residual_body
@@ -86,7 +86,7 @@ class WindowNet(HubNet):
 
     def forward(self, hu: Tensor, dense: bool = False) -> Tensor: # (B, 2), or (B, 2, rows, columns)
         if not dense: return self.answer(hu)
-        with pick_compute(hu.device.type).autocast(): return slide(self.answer, hu.float(), self.step)
+        with pick_compute(str(hu.device)).autocast(): return slide(self.answer, hu.float(), self.step)
 
     def to(self, *args, dtype: torch.dtype | None = None, **kwargs) -> "WindowNet":
         "As usual, but the weights stay float32: batch normalisation that cannot be folded needs them; products run in the fast precision anyway."
@@ -292,7 +292,7 @@ def new_net(
 ) -> nn.Module: # Untrained; the caller's random numbers stay as they are
     "The network of a row. Raises `UsageError` for an unknown one."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_rng(seed, "row", "first weights").initial_seed())
+        torch.default_generator.manual_seed(torch_rng(seed, "row", "first weights").initial_seed())
         if row.net == "detector": return Detector(config.detector.width, dropout=config.detector.dropout, **row.options)
         if row.net == "dct": return DctDetector(config.detector.width, config.detector.dropout, config.step)
         return TimmNet(row.net, config.size, config.step)
@@ -308,6 +308,7 @@ def fingerprint(
         else:
             for hu in one.hu: digest.update(np.ascontiguousarray(hu, np.int16))
             digest.update(np.ascontiguousarray(one.kind if isinstance(one, PatchSet) else one.tampered, np.uint8))
+            if isinstance(one, ForgedSlices): digest.update(np.asarray(one.scan, np.int64).tobytes() + "|".join(map(str, one.action)).encode()) # folds and intervals go by scan
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/19_detect.rivals.ipynb #0faf2903
@@ -329,14 +330,14 @@ def first_stage(
         if (out / "config.json").is_file():
             net = type(net).from_pretrained(out)
             if isinstance(net, WindowNet): net.step = config.step # the same weights serve any step
-            return net
+            return net.to(pick_compute().device)
     work = None if out is None else out.with_name(out.name + ".work")
     if row.net == "detector" and not row.whole: net, _ = train_detector(data, first, None, seed, work, net=net, show_progress=show_progress)
     else: net, _ = train_rival(net, data, first, None, seed, work, show_progress=show_progress)
     if out is not None:
         net.save_pretrained(out)
         shutil.rmtree(work, ignore_errors=True)
-    return net
+    return net.to(pick_compute().device)
 
 # %% ../../nbs/19_detect.rivals.ipynb #55a54f9e
 def slice_maps(
@@ -354,7 +355,7 @@ def whole_probability(
     show_progress: bool = True, # A bar
 ) -> np.ndarray: # (n,)
     "What a network for whole slices says of each, in evaluation mode. Raises `DetectError`."
-    compute, training, out = pick_compute(next(net.parameters()).device.type), net.training, []
+    compute, training, out = pick_compute(str(next(net.parameters()).device)), net.training, []
     try:
         net.eval()
         with torch.inference_mode(), compute.autocast():
@@ -377,7 +378,7 @@ def row_cascade(
     "Both stages of a row. Raises `TrainError`, and `UsageError` for a row without a second stage."
     if row.whole: raise UsageError("a network for whole slices has no second stage: use first_stage and whole_probability")
     if not row.glcm and len({np.shape(one) for one in slices.hu}) > 1: raise TrainError("slices of different sizes need the co-occurrence features: give slices of one size for the row Ours-GLCM")
-    net, settings = first_stage(row, patches, config, seed, out, show_progress), replace(config.cascade, use_glcm=row.glcm)
+    net, settings = first_stage(row, patches, config, seed, out, show_progress), replace(config.cascade, use_glcm=row.glcm, depth_mm=0.) # the slices have no neighbours
     maps = slice_maps(net, slices, show_progress)
     features = np.concatenate([slice_features(m[None], settings) for m in maps])
     svm, calibration, grid = train_svm(features, np.asarray(slices.tampered), np.asarray(slices.scan), settings, seed, show_progress)
@@ -620,10 +621,11 @@ def train_cyclegan(
     scans = list(data) if given else [make_phantom(seed=1700 + i, shape=config.phantom_shape, spacing=config.phantom_spacing)[0] for i in range(config.phantoms)]
     if not scans: raise TrainError("no scans to train the CycleGAN on: give some, or None for phantoms")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_rng(seed, "cyclegan", "first weights").initial_seed())
+        torch.default_generator.manual_seed(torch_rng(seed, "cyclegan", "first weights").initial_seed())
         task = CycleTask(config)
     draw_piles(scans, config, torch_rng(seed, "probe"))
     work = out.with_name(out.name + ".work")
+    same_recipe(work, {"config": asdict(config), "scans": [hashlib.sha256(np.ascontiguousarray(s.hu).tobytes()).hexdigest() for s in scans]})
     history = fit(task, lambda step, generator: draw_piles(scans, config, generator), config.steps, seed=seed, out=work, checkpoint_every=max(1, config.steps // 4),
                   log_every=max(1, config.steps // 100), desc="train CycleGAN", progress=show_progress)
     net = task.networks["clean"].eval()
@@ -640,7 +642,7 @@ def clean_slices(
     hu: np.ndarray, # (z, y, x) or (y, x) HU
 ) -> np.ndarray: # int16, same shape, whole HU; padding below -1024 HU stays
     "What the CycleGAN makes of slices. Raises `DetectError` as `as_slices` does."
-    volume, compute = as_slices(hu), pick_compute(next(net.parameters()).device.type)
+    volume, compute = as_slices(hu), pick_compute(str(next(net.parameters()).device))
     out = np.empty(volume.shape, np.int16)
     with torch.inference_mode(), compute.autocast():
         for z, one in enumerate(volume):
@@ -748,7 +750,7 @@ def forge_sets(
     made = {}
     for kind in dict.fromkeys(kinds):
         if kind == "cyclegan" and net is None: net = CycleNet.from_pretrained(weights_path("cyclegan-tiny"))
-        made[kind] = forge_set(kind, Path(out) / kind, data, preset, attackers, seed, functools.partial(make_denoised, net), **overrides)
+        made[kind] = forge_set(kind, Path(out) / kind, data, preset, attackers, seed, functools.partial(make_denoised, net), forger_record(net) if kind == "cyclegan" else None, **overrides)
     return made
 
 # %% ../../nbs/19_detect.rivals.ipynb #5ea1e6d8

@@ -12,10 +12,10 @@ __all__ = ['log', 'SPLITS', 'PHANTOM_SEEDS', 'WHOLE', 'KINDS', 'CONTROLS', 'PAPE
            'load_patches', 'whole_scan', 'eight_scans', 'Job', 'plan_set', 'make_file', 'resumed_list',
            'write_set_list', 'count_parts', 'forge_set', 'set_list', 'set_slices', 'read_set', 'slice_patches',
            'inspect_scores', 'place_scores', 'summary', 'measure_cascade', 'pasted_back', 'score_at', 'painted',
-           'cascade_card', 'name_of', 'train_cascade']
+           'licences', 'cascade_card', 'name_of', 'train_cascade']
 
 # %% ../../nbs/18_detect.training.ipynb #a3f429fd
-import copy, functools, hashlib, json, logging, math, zipfile
+import copy, functools, hashlib, json, logging, math, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..core import DataError, MitsError, OutputError, TrainError, UsageError, atomic_write, from_preset, progress, read_json, rng, versions, weights_path, write_json
+from ..core import DataError, MitsError, OutputError, TrainError, UsageError, atomic_write, from_preset, pick_compute, progress, read_json, rng, versions, weights_path, write_json
 from ..data import published
 from .cascade import Cascade, CascadeConfig, file_sha256, note_slices, reach_of, slice_features, slice_truth, train_svm, with_neighbours
 from .cnn import CLEAN, FORGED, HARD, PAIRED, RIM, Detector, DetectorConfig, PatchSet, cut_patch, train_detector
@@ -70,7 +70,7 @@ def real_sources(
             found = load()
             return Source.of(found.name, found.scan)
         return read
-    return [(name, reader(load)) for name, _, load in found if not name.startswith("phantom-")]
+    return [(name, reader(load)) for name, _, load in found[:-1]] # the last one is the phantom that was asked for
 
 # %% ../../nbs/18_detect.training.ipynb #8bf5bdf5
 def phantom_source(
@@ -274,7 +274,7 @@ def patches_of(
             beside = np.array((y, x)) + np.rint(np.array(((-1, 0), (1, 0), (0, -1), (0, 1), (1, 1), (-1, -1))[numbers.integers(6)])
                                                 * (16 + 17 / np.array(after.spacing[1:]) + numbers.uniform(0, 12))).astype(int)
             inside = (beside >= 16).all() and (beside <= np.array(after.shape[1:]) - 16).all()
-            clear = all(abs(beside - np.mean(b[1:], 1)).max() >= 16 + (b[1][1] - b[1][0]) / 2 for b in boxes if b[0][0] <= z < b[0][1])
+            clear = all((np.abs(beside - np.mean(b[1:], 1)) >= 16 + np.diff(b[1:], axis=1)[:, 0] / 2).any() for b in boxes if b[0][0] <= z < b[0][1])
             if inside and clear: add(after.hu[z], beside, RIM)
             z = int(numbers.integers(before.shape[0]))
             lung = np.argwhere(mask[z])
@@ -330,9 +330,10 @@ def false_alarms(
     least: float = .1, # Probability from which an unforged window counts as one
 ) -> PatchSet:
     "The windows of an unforged scan that the detector finds most suspicious, one per neighbourhood: the best negatives for a second lesson."
-    from scipy.ndimage import maximum_filter
+    from scipy.ndimage import find_objects, label, maximum_filter
     maps = heatmap(scan, net)
-    peaks = np.argwhere((maps >= least) & (maps == maximum_filter(maps, (1, 7, 7))))
+    plains, _ = label((maps >= least) & (maps == maximum_filter(maps, (1, 7, 7))), [np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])
+    peaks = np.array([[box[0].start, *((b.start + b.stop - 1) // 2 for b in box[1:])] for box in find_objects(plains)], int).reshape(-1, 3) # cells that are equally high are one peak
     peaks = peaks[np.argsort(-maps[tuple(peaks.T)], kind="stable")[:n]]
     cut = [cut_patch(scan.hu[z], (16 + 4 * y, 16 + 4 * x)) for z, y, x in peaks]
     return PatchSet(np.stack(cut) if cut else np.zeros((0, 68, 68), np.int16), np.full(len(cut), HARD, np.uint8))
@@ -351,14 +352,15 @@ def train_first_stage(
     "A lesson on forged and unforged places; then lessons on the same, and on the places of unforged scans that fool the network now."
     patches = build_patches(sources, attackers, config, seed, protectors)
     net, history = train_detector(patches, first, None, seed, work / "lesson-1")
+    net.to(pick_compute().device) # `fit` gives it back where it found it; the maps below are the larger part of the work
     rows, seen, later = list(history.rows), patches, replace(first, steps=first.steps // 3, lr=first.lr * .4)
     for lesson in range(2, config.lessons + 1):
         alarms = []
         for name, load in progress([s[:2] for s in sources] + list(strangers), desc=f"looking for false alarms, lesson {lesson}"):
             source = load()
             for i in range(1 if name.startswith("phantom") else 4):
-                twin = source if i == 0 else honest_twin(source, config, protectors, seed + 100 * lesson + i)
-                alarms.append(false_alarms(net, twin.scan if i == 0 else replace(twin.scan, hu=twin.scan.hu[i % 2::2], source=None)))
+                twin = source if i == 0 else honest_twin(source, config, protectors, int(rng(seed, "twin", name, lesson, i).integers(2**31)))
+                alarms.append(false_alarms(net, twin.scan if i == 0 or len(twin.scan.hu) == 1 else replace(twin.scan, hu=twin.scan.hu[i % 2::2], source=None)))
         seen = PatchSet.joined([patches, *alarms])
         net, history = train_detector(seen, later, None, seed + lesson - 1, work / f"lesson-{lesson}", net=net)
         rows += [row | {"step": row["step"] + first.steps + (lesson - 2) * later.steps} for row in history.rows]
@@ -412,8 +414,9 @@ def features_of(
     slices: SliceSet, # Heatmaps, padded with NaN to one size
     config: CascadeConfig, # Levels
 ) -> np.ndarray: # float32 (n, features)
-    "Features of every slice, padding taken off again."
+    "Features of every slice, padding taken off again. Raises `TrainError` for slices of several sizes without co-occurrence."
     rows = []
+    if not config.use_glcm and np.isnan(slices.heatmaps).any(): raise TrainError("slices of different sizes need the co-occurrence features: leave use_glcm on, or train on scans of one size")
     for one in slices.heatmaps.astype(np.float32):
         rows.append(slice_features(one[None, ~np.isnan(one[:, 0])][:, :, ~np.isnan(one[0])], config)[0])
     return np.stack(rows)
@@ -462,8 +465,9 @@ def forged_copy(
     actions: tuple = ("inject", "remove"), # In turn; half of the removals at nodules
 ) -> tuple[Scan, int]: # Forged, its note last in its history; a seed for what comes next
     "One copy of a scan, forged at one place. Raises `DataError` for a scan without lung."
-    key, kind, who = int(rng(seed, "slices", source.name, i).integers(2**31)), actions[i % len(actions)], i // len(actions) % len(attackers)
-    known = source.nodules if kind == "remove" and i // len(actions) % 2 == 0 else ()
+    key, kind, (turn, who) = int(rng(seed, "slices", source.name, i).integers(2**31)), actions[i % len(actions)], divmod(i // len(actions), len(attackers))
+    at_nodule = (turn + who) % 2 == 0 # so that every attacker removes in both
+    known = source.nodules if kind == "remove" and at_nodule else ()
     places = known if len(known) else lung_candidates(source.scan, source.mask, key)[:1]
     if not len(places): raise DataError(f"{source.name} shows no lung to forge in: give another scan")
     return attackers[who].tamper(source.scan, tuple(places[rng(key, "which").integers(len(places))]), action=kind, seed=key), key
@@ -532,8 +536,8 @@ def patient_splits(
 ) -> dict[str, list[str]]: # Part -> scans; no patient is in two parts, no part is empty
     "Split scans by patient into the paper's four parts. Raises `DataError` for fewer patients than parts."
     from mits_nb.data import split
-    n, tested = len(set(patients.values())), set(tested)
-    if n < len(SPLITS): raise DataError(f"{n} {'patient' if n == 1 else 'patients'} cannot fill {len(SPLITS)} parts ({', '.join(SPLITS)}) that share none: give scans of at least {len(SPLITS)} patients, or use phantoms")
+    n, tested = len(set(patients.values())), set(tested) & set(patients.values())
+    if n - len(tested) < len(SPLITS) - bool(tested): raise DataError(f"{n} {'patient' if n == 1 else 'patients'} cannot fill {len(SPLITS)} parts ({', '.join(SPLITS)}) that share none{f', with {len(tested)} of them for the test alone' if tested else ''}: give scans of at least {len(SPLITS)} patients, or use phantoms")
     parts = split([s for s in patients if patients[s] not in tested], {name: k / sum(SPLITS.values()) for name, k in SPLITS.items()}, patients)
     parts["test"] += sorted(s for s in patients if patients[s] in tested)
     def people(part): return sorted({patients[s] for s in parts[part]} - tested)
@@ -555,6 +559,7 @@ class Origin:
     patient: str # Whose
     part: str # One of `SPLITS`
     load: Callable[[], Source] = field(repr=False) # Reads or makes it
+    seed: int | None = None # Of a phantom that is made, not read
 
 # %% ../../nbs/18_detect.training.ipynb #ce317b76
 def set_origins(
@@ -570,7 +575,7 @@ def set_origins(
         for part, n in config.wanted.items():
             k = math.ceil(n / config.places)
             seeds = [s for s in range(PHANTOM_SEEDS[part], PHANTOM_SEEDS[part] + 2 * k + 4) if s % 4 != 3][:k] # every fourth phantom has a grid of its own: sets have slices of one size
-            names += [Origin(f"phantom-{s}", f"phantom-{s}", part, functools.partial(phantom_source, s, config.phantom_shape)) for s in seeds]
+            names += [Origin(f"phantom-{s}", f"phantom-{s}", part, functools.partial(phantom_source, s, config.phantom_shape), s) for s in seeds]
         return names, licence("phantom")
     if isinstance(data, str) and data in manifest_names() and not Path(data).exists():
         found = open_dataset(data)
@@ -611,12 +616,16 @@ def forger_variants(
 
 # %% ../../nbs/18_detect.training.ipynb #a21a2015
 def forger_record(
-    attacker, # `CTGAN`
+    attacker, # `CTGAN`, a forger that wraps one, or a network
 ) -> dict: # JSON-able
-    "What tells a forger from others: settings, and a checksum of both networks."
+    "What tells a forger from others: settings, and a checksum of all its networks."
     digest = hashlib.sha256(type(attacker).__name__.encode())
-    for net in (getattr(attacker, "injector", None), getattr(attacker, "remover", None)):
-        for weights in (net.state_dict().values() if net is not None else ()): digest.update(weights.detach().cpu().float().contiguous().numpy())
+    def add(part):
+        if hasattr(part, "state_dict"):
+            for weights in part.state_dict().values(): digest.update(weights.detach().cpu().float().contiguous().numpy())
+        elif part is not None:
+            for name in ("injector", "remover", "net", "ctgan", "attacker"): add(getattr(part, name, None))
+    add(attacker)
     return {"networks": digest.hexdigest()[:16], "settings": asdict(attacker.settings) if hasattr(attacker, "settings") else {}}
 
 # %% ../../nbs/18_detect.training.ipynb #bc7c4405
@@ -634,16 +643,19 @@ class OneKind:
 
 # %% ../../nbs/18_detect.training.ipynb #7d0098eb
 def save_slices(
-    path: str | Path, # A name that ends in .npz
+    path: str | Path, # Usually ends in .npz
     slices: ForgedSlices, # What to write
     notes: list[dict] | None = None, # Of the forgeries
     marker: str = "TEACHING FORGERY (mits_nb), not for diagnosis", # Words that travel with the file
 ) -> Path:
     "Write slices as a zip of plain arrays, whole or not at all; the same slices give the same bytes. Raises `OutputError`."
     columns = {name: getattr(slices, name) for name in ("tampered", "scan", "at", "forger") if getattr(slices, name) is not None}
-    with atomic_write(path) as temporary:
-        np.savez_compressed(temporary, **columns, action=np.asarray(slices.action, "U16"), marker=np.array(marker), notes=np.array(json.dumps(notes or [])), **{f"hu_{i}": hu for i, hu in enumerate(slices.hu)})
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **columns, action=np.asarray(slices.action, "U16"), marker=np.array(marker), notes=np.array(json.dumps(notes or [])), **{f"hu_{i}": hu for i, hu in enumerate(slices.hu)})
     return Path(path)
+
+# %% ../../nbs/18_detect.training.ipynb #c4a1e0d8
+UNREADABLE = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) # What a damaged .npz may raise
 
 # %% ../../nbs/18_detect.training.ipynb #748122d8
 def load_slices(
@@ -653,15 +665,15 @@ def load_slices(
     try:
         with np.load(path, allow_pickle=False) as f:
             return ForgedSlices([f[f"hu_{i}"] for i in range(len(f["tampered"]))], f["tampered"], f["scan"], f["action"], *(f[name] if name in f else None for name in ("at", "forger")))
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error: raise DataError(f"{path} holds no slices that can be read ({error}): make it again") from error
+    except UNREADABLE as error: raise DataError(f"{path} holds no slices that can be read ({error}): make it again") from error
 
 # %% ../../nbs/18_detect.training.ipynb #f81efbd0
 def save_patches(
-    path: str | Path, # A name that ends in .npz
+    path: str | Path, # Usually ends in .npz
     patches: PatchSet, # What to write
 ) -> Path:
     "Write training patches, whole or not at all. Raises `OutputError`."
-    with atomic_write(path) as temporary: np.savez_compressed(temporary, hu=patches.hu, kind=patches.kind)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file: np.savez_compressed(file, hu=patches.hu, kind=patches.kind)
     return Path(path)
 
 # %% ../../nbs/18_detect.training.ipynb #efe4b60f
@@ -671,7 +683,7 @@ def load_patches(
     "Read training patches. Raises `DataError`."
     try:
         with np.load(path, allow_pickle=False) as f: return PatchSet(f["hu"], f["kind"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error: raise DataError(f"{path} holds no patches that can be read ({error}): make it again") from error
+    except UNREADABLE as error: raise DataError(f"{path} holds no patches that can be read ({error}): make it again") from error
 
 # %% ../../nbs/18_detect.training.ipynb #7e3d274f
 WHOLE = ("BEN", "MAL", "INJ1", "INJ2", "INJ3", "REM1", "REM2", "REM3")
@@ -681,16 +693,18 @@ def whole_scan(
     name: str, # One of `WHOLE`
     source: Source, # What is forged, or shown as it is
     attackers: list, # Of `CTGAN`, in turn
+    seed: int = 0, # Of places and touch-ups
 ) -> Scan: # Forged ones with their history
     "One of the eight scans. Raises `UsageError` for another name, `DataError` for a scan without lung."
     if name not in WHOLE: raise UsageError(f"no whole scan {name!r}: use one of {', '.join(WHOLE)}")
     if name in ("BEN", "MAL"): return source.scan
     i, inject = int(name[-1]) - 1, name.startswith("INJ")
+    key = seed and int(rng(seed, "whole", name).integers(2**31))
     if inject or not len(source.nodules):
-        if not len(found := lung_candidates(source.scan, source.mask, (40 if inject else 50) + i)): raise DataError(f"{source.name} shows no lung to forge in: give another scan")
+        if not len(found := lung_candidates(source.scan, source.mask, key + (40 if inject else 50) + i)): raise DataError(f"{source.name} shows no lung to forge in: give another scan")
         at = found[0]
     else: at = source.nodules[i % len(source.nodules)]
-    return attackers[i % len(attackers)].tamper(source.scan, tuple(int(v) for v in at), action="inject" if inject else "remove", seed=i)
+    return attackers[i % len(attackers)].tamper(source.scan, tuple(int(v) for v in at), action="inject" if inject else "remove", seed=key + i)
 
 # %% ../../nbs/18_detect.training.ipynb #35e3c34b
 def eight_scans(
@@ -720,8 +734,8 @@ def plan_set(
     "Which file holds which places: those of a part are spread over its scans."
     if kind == "whole":
         tests = [o for o in origins if o.part == "test"]
-        if len(tests) == 1 and not tests[0].name.startswith("phantom-"): # a real scan alone cannot be both
-            tests = [Origin("phantom-17", "phantom-17", "test", functools.partial(phantom_source, 17, config.phantom_shape)), *tests * 7]
+        if len(tests) == 1 and tests[0].seed is None: # a real scan alone cannot be both
+            tests = [Origin("phantom-17", "phantom-17", "test", functools.partial(phantom_source, 17, config.phantom_shape), 17), *tests * 7]
         return [Job(f"{name}.mha", tests[i % len(tests)]) for i, name in enumerate(WHOLE)]
     jobs = []
     for part, wanted in config.wanted.items():
@@ -746,10 +760,10 @@ def make_file(
     "Forge and write one file of a set."
     if kind == "whole":
         scan = source.scan
-        if job.file == "BEN.mha" and source.name.startswith("phantom-"): # the same body without a nodule
+        if job.file == "BEN.mha" and job.origin.seed is not None: # the same body without a nodule
             from mits_nb.phantom import make_phantom
-            scan = make_phantom(seed=int(source.name[8:]), shape=scan.shape, spacing=scan.spacing, n_nodules=0)[0]
-        scan = whole_scan(job.file[:-4], replace(source, scan=scan), forgers)
+            scan = make_phantom(seed=job.origin.seed, shape=scan.shape, spacing=scan.spacing, n_nodules=0)[0]
+        scan = whole_scan(job.file[:-4], replace(source, scan=scan), forgers, seed)
         write_scan(scan, path)
         return {"slices": len(scan.hu), "forgeries": [{k: n[k] for k in ("action", "at", "at_mm", "box", "seed", "voxels_changed") if k in n} for n in scan.history if n.get("kind") == "forged"]}
     made = [forge_place(source, i, forgers, seed, config.slices, actions=KINDS[kind]) for i in job.numbers]
@@ -770,7 +784,8 @@ def resumed_list(
         return {}
     told = read_json(out / "sets.json")
     if not isinstance(told, dict) or told.get("format") != "mits_nb.sets": raise UsageError(f"{out / 'sets.json'} is no list of a data set: choose a new folder")
-    if changed := [k for k in settings if told.get("settings", {}).get(k) != settings[k]]:
+    if not isinstance(told.get("settings"), dict) or not all("bytes" in entry for entry in told.get("files", {}).values()): raise UsageError(f"{out / 'sets.json'} is a damaged list of a data set: remove the folder, or choose a new one")
+    if changed := [k for k in settings if told["settings"].get(k) != settings[k]]:
         raise UsageError(f"{out} holds a set that was made with another {' and another '.join(changed)}: choose a new folder, or remove this one")
     return {file: entry for file, entry in told.get("files", {}).items() if (out / file).is_file() and (out / file).stat().st_size == entry["bytes"]}
 
@@ -803,6 +818,7 @@ def forge_set(
     attackers: list | None = None, # Of `CTGAN`; None for "ctgan-tiny" and "ctgan-zeros-tiny"
     seed: int = 0, # Same seed, data and attackers: same bytes
     make: Callable = make_file, # Makes one file
+    made_by: dict | None = None, # What `make` makes it with, where it is not the forgers: part of the settings
     **overrides, # Fields of `SetsConfig`
 ) -> dict: # The list that is written as sets.json
     "Make a data set in a folder, scan by scan. Raises `UsageError`, `DataError`, `OutputError`."
@@ -814,12 +830,13 @@ def forge_set(
     if not attackers: raise UsageError("no forger to make the set with: give at least one, or None for those that ship")
     origins, licence = set_origins(config, data)
     forgers = forger_variants(attackers, config.masks, config.touch_ups)
-    settings = json.loads(json.dumps({"kind": kind, "seed": seed, "size": asdict(config), "scans": {o.name: [o.patient, o.part] for o in origins}, "forgers": [forger_record(f) for f in forgers]}))
+    settings = json.loads(json.dumps({"kind": kind, "seed": seed, "size": asdict(config), "scans": {o.name: [o.patient, o.part] for o in origins}, **({"forgers": [forger_record(f) for f in forgers]} if made_by is None else {"made by": made_by})}))
     files, jobs, skipped = resumed_list(out, settings), plan_set(kind, origins, config), {}
     def listed(complete):
         files_now = {j.file: files[j.file] for j in jobs if j.file in files} # in the plan's order, whatever was made first
         return write_set_list(out, {"format": "mits_nb.sets", "version": 1, "complete": complete, "marker": "TEACHING FORGERY (mits_nb), not for diagnosis", "licence of the scans": licence,
                                     "settings": settings, "parts": count_parts(files_now), "skipped": skipped, "files": files_now, "versions": versions()})
+    if not (out / "sets.json").is_file(): listed(False) # before the first file: an interruption there leaves a folder that can go on
     with progress(total=len(jobs), desc=f"data set {kind}", initial=sum(j.file in files for j in jobs)) as bar:
         source = None
         for job in (j for j in jobs if j.file not in files):
@@ -886,7 +903,8 @@ def slice_patches(
     n: int = 25, # Windows of each slice; paper 25
     seed: int = 0, # Of the random windows
 ) -> PatchSet:
-    "The paper's training patches (chapter 14): around the place, forged; around the same place and anywhere, unforged. Raises `TrainError` for slices without places."
+    "The paper's training patches (chapter 14): around the place, forged; around the same place and anywhere, unforged. Raises `TrainError` for slices without places, `UsageError` for n."
+    if not 1 <= n <= 25: raise UsageError(f"{n} windows of each slice: chapter 14 has 25, so give 1 to 25")
     if slices.at is None: raise TrainError("these slices do not say where they are forged: make them with forge_place, or read them from a folder that mits_data forge wrote")
     hu, kind = [], []
     for i, (one, forged, (z, *at)) in enumerate(zip(slices.hu, slices.tampered, slices.at)):
@@ -1056,6 +1074,16 @@ def painted(
 # %% ../../nbs/18_detect.training.ipynb #f152f67d
 PAPER = published("cascade", "Table 1")["Ours"] # accuracy, precision, recall, f1 over 1,200 slices, half of them forged
 
+# %% ../../nbs/18_detect.training.ipynb #c4a1e0d7
+def licences(
+    data: Any, # As for `train_cascade`
+    found: bool, # Were there any real scans?
+) -> str: # For the card
+    "Where the real scans come from, as far as it is known."
+    if not found: return "Real scans: none"
+    if data is None: return "Real scans: LIDC-IDRI (CC BY 3.0), CPTAC-LSCC (CC BY 3.0), Lung-PET-CT-Dx (CC BY 4.0), all from The Cancer Imaging Archive"
+    return "Real scans: those that were given to the training; their licences are not known here"
+
 # %% ../../nbs/18_detect.training.ipynb #c1440903
 def cascade_card(
     cascade: Cascade, # With its record
@@ -1069,8 +1097,7 @@ def cascade_card(
              "Made by one call, `train_cascade(preset, out)`, or by `mits_train detect`. Architecture: Zhang et al., PLOS ONE 2023, with the changes that chapters 14 to 18 explain. "
              f"It has met the forgers {', '.join(history.get('attackers', []))} and the protectors {', '.join(history.get('protectors', []))}.", "",
              "## Learnt from", "", ", ".join(history["sources"]) + "; second stage: " + ", ".join(history["sources_second_stage"]) + ".", "",
-             f"Patches: {words(history['counts']['patches'])}. Slices of the second stage: {words(history['counts']['slices'])}. Real scans: LIDC-IDRI (CC BY 3.0), CPTAC-LSCC (CC BY 3.0), Lung-PET-CT-Dx (CC BY 4.0), "
-             "all from The Cancer Imaging Archive; phantoms are our own. LIDC-IDRI-0003 and phantom seeds below 100 were never trained on.", "", "## Measured on held-out scans", "",
+             f"Patches: {words(history['counts']['patches'])}. Slices of the second stage: {words(history['counts']['slices'])}. {history['real scans']}; phantoms are our own. LIDC-IDRI-0003 and phantom seeds below 100 were never trained on.", "", "## Measured on held-out scans", "",
              "| data | way of counting | slices | accuracy | precision | recall | F1 | AUC |", "|---|---|---|---|---|---|---|---|"]
     for group, rows in history.get("measured", {}).items():
         for way, meaning in (("alone", "five slices of each place, as many unforged, each alone"), ("paired", "the same, with their neighbours"), ("scan", "every slice of every scan")):
@@ -1130,7 +1157,7 @@ def train_cascade(
     svm, calibration, grid = train_svm(features_of(slices, last), slices.tampered, slices.scan, last, seed)
     counts = {"patches": patches, "slices": {"tampered": int(slices.tampered.sum()), "unforged": int((~slices.tampered).sum())}}
     cascade = Cascade(net, svm, last, calibration, {"history": {
-        "rows": rows, "second_stage": grid, "counts": counts, "preset": preset, "seed": seed, "sources": [name for name, *_ in learn], "training": asdict(config), "attackers": [name_of(a) for a in attackers], "protectors": [p.name for p in protectors],
+        "rows": rows, "second_stage": grid, "counts": counts, "preset": preset, "seed": seed, "real scans": licences(data, bool(real)), "sources": [name for name, *_ in learn], "training": asdict(config), "attackers": [name_of(a) for a in attackers], "protectors": [p.name for p in protectors],
         "sources_second_stage": [name for name, *_ in judge], "detector": asdict(first), "seconds": round(time.perf_counter() - began)}})
     def save():
         cascade.record["card"] = cascade_card(cascade)

@@ -18,9 +18,9 @@ def grid_shape(
     window: int = 32, # Edge of a window in pixels
     stride: int = 4, # Distance between neighbouring windows in pixels
 ) -> tuple[int, int]: # Rows and columns of the heatmap; (121, 121) for the default
-    "How many windows fit below and beside each other (paper, Eq. 5). Raises `DetectError` for a slice smaller than a window, `UsageError` for a stride below 1."
+    "How many windows fit below and beside each other (paper, Eq. 5). Raises `DetectError` for a slice smaller than a window, `UsageError` for a stride below 1 or above the window."
     height, width = (size, size) if np.ndim(size) == 0 else tuple(size)
-    if window < 2 or stride < 1: raise UsageError(f"window {window} and stride {stride} make no grid: use a window of at least 2 and a stride of at least 1")
+    if window < 2 or not 1 <= stride <= window: raise UsageError(f"window {window} and stride {stride} make no grid: use a window of at least 2 and a stride from 1 to the window")
     if min(height, width) < window:
         raise DetectError(f"slices of {height} x {width} pixels are smaller than a window of {window}: give slices of at least {window} x {window}")
     return (height - window) // stride + 1, (width - window) // stride + 1
@@ -98,7 +98,7 @@ def training_centres(
     if not forged:
         far = window_centres(size, window)
         around = np.concatenate([around[:paired], far[rng(seed, "random windows").integers(len(far), size=25 - paired)]])
-    return around.clip(window // 2, np.array([height, width]) - window // 2)
+    return around.clip(window // 2, np.array([height, width]) - (window + 1) // 2)
 
 # %% ../../nbs/14_detect.windows.ipynb #34f57172
 def touched_slices(

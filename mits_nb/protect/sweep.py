@@ -449,8 +449,9 @@ def sweep_figure(
     for axis in axes:
         log = min(values) > 0 and max(values) >= 10 * min(values)
         axis.set(xlabel=info["knob"], xscale="log" if log else "linear"); axis.grid(alpha=0.3)
-        near = [log and i > 0 and v < 1.6 * values[i - 1] for i, v in enumerate(values)] # their labels would overlap
-        axis.set_xticks(values, ["" if n else f"{v:g}" for n, v in zip(near, values)], fontsize=8); axis.minorticks_off()
+        labelled = [] # from the right; nearer ones would overlap
+        for v in values[::-1]: labelled += [v] if not log or not labelled or v <= labelled[-1] / 1.6 else []
+        axis.set_xticks(values, [f"{v:g}" if v in labelled else "" for v in values], fontsize=8); axis.minorticks_off()
     plt.close(figure)
     return figure
 
