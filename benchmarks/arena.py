@@ -38,7 +38,8 @@ def main():
     if a.keep:
         file = weights_path(a.store) / name
         stored = (read_json(file) if file.is_file() else {}) | tables # no arena there: tables alone
-        if "arena" in stored: stored["arena"]["findings"] = findings(stored["arena"]["cells"], stored["arena"])
+        for part in ("arena", "rivals"):
+            if part in stored: stored[part]["findings"] = findings(stored[part]["cells"], stored[part])
         print("stored", write_json(file, stored))
         return
     if a.out is None: parser.error("give --out, or --keep with --tables and --store")
@@ -51,12 +52,12 @@ def main():
         print(f"\n{measure:>16} " + " ".join(f"{c:>15}" for c in columns))
         for row, line in zip(rows, values): print(f"{row:>16} " + " ".join(f"{v:15.2f}" for v in line))
     print("\n" + "\n".join(arena["findings"]))
-    about = {"data": a.data, "settings": plain(asdict(config)), "weights": {bench.weights[role]: digest for role, digest in bench.uses(*bench.weights).items()}, "scans": {n: store.get(bench.data_cell(n)) for n in bench.tests}, "versions": versions()}
+    about = {"data": Path(a.data).name, "settings": plain(asdict(config)), "weights": {bench.weights[role]: digest for role, digest in bench.uses(*bench.weights).items()}, "scans": {n: store.get(bench.data_cell(n)) for n in bench.tests}, "versions": versions()}
     write_json(a.out / name, {"about": about, "arena": arena, **tables})
     if a.store:
         folder = weights_path("ctgan-tiny").parent / a.store
-        before = read_json(folder / name) if (folder / name).is_file() else {}
-        stored = before | {"rivals": arena | {"about": about}} if a.detectors else before | {"about": about, "arena": arena} | (tables if a.tables else {})
+        before = {"about": about, "tables": []} | (read_json(folder / name) if (folder / name).is_file() else {}) | (tables if a.tables else {})
+        stored = before | ({"rivals": arena | {"about": about}} if a.detectors else {"about": about, "arena": arena})
         print("stored", write_json(folder / name, stored))
         (folder / "card.md").write_text("# Results of the arena and of the tables\n\nNo weights: figures that chapter 20 shows, measured by `benchmarks/arena.py` and `mits_tables` with the weights whose fingerprints stand under `about`.\n", encoding="utf-8")
 

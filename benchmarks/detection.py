@@ -156,7 +156,7 @@ def tables(found):
         r = [x for x in found["regions"] if x["group"] == name]
         tp, fp, fn = (sum(x[k] for x in r) for k in ("tp", "fp", "fn"))
         regions.append({"group": name, "places": int(g.tampered.sum()), "pd_at_1_percent": pd_at_fa(g.score.tolist(), g.tampered.tolist()), "auc": roc_auc(g.score.tolist(), g.tampered.tolist()), "tp": tp, "fp": fp, "fn": fn,
-                        "region_f1": 2 * tp / (2 * tp + fp + fn), "voxel_f1": float(np.mean([x["voxel_f1"] for x in r])), "distance_mm": float(np.median(sum((x["distance_mm"] for x in r), [])) if tp else np.nan)})
+                        "region_f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None, "voxel_f1": float(np.mean([x["voxel_f1"] for x in r])), "distance_mm": float(np.median(sum((x["distance_mm"] for x in r), []))) if tp else None})
     controls = pd.DataFrame(found["controls"]).groupby(["group", "kind"], sort=False).called.agg(["mean", "size"]).reset_index().to_dict("records") if found["controls"] else []
     parity = [{"group": name, "method": method, "slices": len(g), **{f"auc_{k}": roc_auc(g[v].tolist(), g.tampered.tolist()) for k, v in (("second_stage", "p"), ("hottest_cell", "hottest"))}}
               for (name, method), g in pd.DataFrame(found["parity"], columns=None if found["parity"] else ["group", "method"]).groupby(["group", "method"])]
@@ -167,7 +167,7 @@ KEYS = {"slices": ("group", "condition"), "actions": ("group", "action"), "regio
 
 
 def joined(files, weights):
-    "The tables of several files, measured or stored. Later rows replace earlier ones with the same key; raises `UsageError` for a stored file of other weights."
+    "The tables of several files, measured or stored. What was measured now replaces stored rows with the same key; raises `UsageError` for a stored file of other weights."
     parts = {f: read_json(f) for f in files}
     stored = {f: p for f, p in parts.items() if "versions" in p}
     for f, p in stored.items():

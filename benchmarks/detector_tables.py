@@ -10,7 +10,7 @@ everything from phantoms, in minutes. The first seed trains every row; the other
 lies in RESULTS/networks, trainings go on from checkpoints: call it again after an interruption. `--store` joins all rows that are there into weights/NAME/tables.json, which the chapter shows.
 """
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ from mits_nb.attack.ctgan import CTGAN, HELD_OUT
 from mits_nb.core import UsageError, from_preset, read_json, rng, versions, weights_path, write_json
 from mits_nb.data import development_scans, lung_places
 from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED, DetectorConfig, PatchSet, cut_patch
-from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, beside_paper, cyclegan_patches, cyclegan_set, row_cascade, scan_row, table_rows
+from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, beside_paper, cyclegan_patches, cyclegan_set, fingerprint, row_cascade, scan_row, table_rows
 from mits_nb.detect.training import (ForgedSlices, OneKind, Source, TrainingConfig, build_patches, forged_slices, load_patches, load_slices, phantom_source, read_set, real_sources, save_patches, save_slices,
                                      set_slices, slice_patches)
 from mits_nb.detect.windows import window_centres
-from mits_nb.evaluate import Bench, EvaluateConfig, find_tests, forged_whole, scan_digest, whole_tests
+from mits_nb.evaluate import Bench, EvaluateConfig, digest, find_tests, forged_whole, plain, scan_digest, whole_tests
 from mits_nb.phantom import make_phantom
 from mits_nb.scan import read_scan
 
@@ -113,12 +113,14 @@ def sets_of(name, patches, slices, test, memory):
 def whole_scans(bench, patches, slices, config, out):
     "Table 4: one JSON for each scan and method, with the scan's fingerprint."
     cascades = {m: row_cascade(ROWS[m], patches[""], slices, config, 0, out / "networks") for m in ("Ours", "XceptionNet", "ResNet50")}
+    made_by = {m: digest(plain([asdict(config), fingerprint(patches[""], slices), asdict(c.config), c.calibration])) for m, c in cascades.items()}
     found = {}
     for role, name in whole_tests(bench).items():
         scan = forged_whole(bench, name, role)
         for method, cascade in cascades.items():
             file, voxels = out / f"scan-{role}-{method.lower()}.json", scan_digest(scan)
-            if not file.is_file() or read_json(file)["voxels"] != voxels: write_json(file, {**scan_row(cascade, scan), "patient": name, "voxels": voxels})
+            key = {"patient": name, "voxels": voxels, "made by": made_by[method]}
+            if not file.is_file() or not key.items() <= read_json(file).items(): write_json(file, scan_row(cascade, scan) | key)
             found.setdefault(role, {})[method] = read_json(file)
             print(role, method, found[role][method], flush=True)
     return found

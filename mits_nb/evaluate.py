@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['log', 'STORE', 'FITS', 'WEIGHTS', 'SCORES', 'ATTACKERS', 'PROTECTIONS', 'MEASURED', 'MEASURES', 'digest', 'plain',
            'Cell', 'read_cell', 'write_cell', 'CellStore', 'weights_digest', 'scan_digest', 'EvaluateConfig',
-           'TestScan', 'phantom_tests', 'file_tests', 'scans_below', 'find_tests', 'check_fit', 'Bench',
+           'TestScan', 'phantom_tests', 'file_tests', 'scan_name', 'scans_below', 'find_tests', 'check_fit', 'Bench',
            'forged_places', 'protection_rows', 'cell_of', 'fidelity_table', 'scaled_rows', 'sweep_rows', 'alpha_table',
            'protection_pictures', 'figure_6', 'figure_7', 'slice_rows', 'cycle_rows', 'score_cells', 'stored_cells',
            'detector_table', 'whole_tests', 'forged_whole', 'whole_scan', 'scan_table', 'figure_4', 'figure_8',
            'training_curves', 'SoapFilm', 'CopyMove', 'forger_of', 'protected_by', 'cleaned_scan', 'Judge', 'judges_of',
            'detector_folders', 'honest_round', 'known_maps', 'arena_round', 'rate_above', 'arena_cells', 'headline',
-           'findings', 'table_cells', 'stored_rows', 'has_lpips', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run',
+           'findings', 'table_cells', 'stored_rows', 'lpips_backbone', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run',
            'TrainingSets', 'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour',
            'colour_range', 'gains_view', 'alarms_view', 'judges_view', 'tables_page', 'evaluate', 'arena_run_on',
            'paint_matrix', 'arena_sentence', 'ArenaExplorer', 'mixed_units', 'paint_bars', 'AblationExplorer',
@@ -33,7 +33,7 @@ from .data import published
 log = logging.getLogger("mits_nb")
 
 # %% ../nbs/20_evaluate.ipynb #0e6f58ec
-STORE = {"format": "mits_nb.cells", "version": 3} # Another number where the meaning of stored cells changes
+STORE = {"format": "mits_nb.cells", "version": 4} # Another number where the meaning of stored cells changes
 
 # %% ../nbs/20_evaluate.ipynb #34e565bd
 def digest(
@@ -205,7 +205,7 @@ def phantom_tests(
     config: EvaluateConfig, # Shape and spacing
     **options, # Of `make_phantom`, e.g. n_nodules=0
 ) -> list[TestScan]:
-    "Test phantoms, with the varying field of view of chapter 18."
+    "Test phantoms, with the varying field of view of chapter 18; those with options have the spacing of the settings."
     def load(seed):
         from mits_nb.detect.training import Source, phantom_source
         if not options: return phantom_source(seed, config.shape, config.spacing)
@@ -228,19 +228,28 @@ def file_tests(
         return Source.of(name, read_scan(path))
     return [TestScan(name, origin(path), lambda name=name, path=path: load(name, path)) for name, path in paths.items()]
 
+# %% ../nbs/20_evaluate.ipynb #b385e3ab
+def scan_name(
+    path: Path, # File or DICOM folder
+) -> str:
+    "What a scan is called: its file without the ending, however many dots there are before it."
+    return path.name if path.is_dir() else path.name.removesuffix(".gz").removesuffix(".nii").removesuffix(path.suffix if path.suffix in (".mhd", ".mha", ".nrrd") else "")
+
 # %% ../nbs/20_evaluate.ipynb #58e8a637
 def scans_below(
     path: Path, # A folder
 ) -> dict[str, Path]: # Name -> file, or folder of a DICOM series; never a mask (`..._nodules`)
-    "The scans in a folder and its subfolders. Names are those of the files; where two are called alike, with their folders. Raises `ScanError` for a file that cannot be read."
+    "The scans in a folder and its subfolders. Names are those of the files; where two are called alike, with their folders, or with their endings. Raises `ScanError` for a file that cannot be read."
     from mits_nb.scan import is_dicom
     suffixes = (".mhd", ".mha", ".nrrd", ".nii", ".nii.gz")
     inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
     found = [p for p in inside if p.name.endswith(suffixes) and "_nodules" not in p.name]
     others = {p.parent for p in inside if not p.name.endswith((*suffixes, ".raw", ".zraw", ".csv", ".json", ".md", ".txt"))}
     found += sorted(folder for folder in others if any(is_dicom(p) for p in sorted(folder.iterdir())[:8] if p.is_file()))
-    short = [p.name if p.is_dir() else p.name.split(".nii")[0].removesuffix(p.suffix) for p in found]
-    return {name if short.count(name) == 1 else "-".join((*p.relative_to(path).parent.parts, name)): p for name, p in zip(short, found)}
+    short = [scan_name(p) for p in found]
+    longer = [name if short.count(name) == 1 else "-".join((*p.relative_to(path).parent.parts, name)) for name, p in zip(short, found)]
+    names = [name if longer.count(name) == 1 else f"{name}{p.name.removeprefix(scan_name(p))}" for name, p in zip(longer, found)]
+    return dict(zip(names, found))
 
 # %% ../nbs/20_evaluate.ipynb #01c25a1c
 def find_tests(
@@ -256,7 +265,7 @@ def find_tests(
         found = open_dataset(data)
         paths = {name: Path(p) for name, p in found.scans.items() if split_of(found.patients[name]) == "test"}
     elif not path.exists(): raise DataError(f"unknown data set {data!r}: use phantom, {', '.join(n for n in manifest_names() if n != 'squeezenet' and n != 'phantom')}, or a folder of scans that exists")
-    elif path.is_file(): paths = {path.name.split(".")[0]: path}
+    elif path.is_file(): paths = {scan_name(path): path}
     else:
         paths = scans_below(path)
     if not paths: raise DataError(f"no scan found for --data {data}: give a folder with .mhd, .mha, .nrrd or .nii.gz files or DICOM series")
@@ -275,7 +284,7 @@ def check_fit(
     z, y, x = map(float, scan.spacing)
     for axis, values, key in (("slices", (z,), "slice_mm"), ("pixels", (y, x), "pixel_mm")):
         low, high = limits[key]
-        if not all(low <= v <= high for v in values): raise DataError(f"{name} has {axis} of {max(values):g} mm, and the weights have learnt from {low:g} to {high:g} mm: resample the scan (Scan.resample), or train weights for it")
+        if wrong := [v for v in values if not low <= v <= high]: raise DataError(f"{name} has {axis} of {wrong[0]:g} mm, and the weights have learnt from {low:g} to {high:g} mm: resample the scan (Scan.resample), or train weights for it")
     if any(n < m for n, m in zip(scan.shape, limits["least_voxels"])): raise DataError(f"{name} has {' x '.join(map(str, scan.shape))} voxels, and the weights need at least {' x '.join(map(str, limits['least_voxels']))}: use a larger part of the scan")
 
 # %% ../nbs/20_evaluate.ipynb #e4200cb5
@@ -294,10 +303,10 @@ class Bench:
         "A scan with its lungs and nodules. Raises `DataError`."
         if self.current != name:
             self.kept.clear()
-            self.current, source = name, self.tests[name].load()
+            self.current, source = None, self.tests[name].load()
             check_fit(name, source.scan)
             if not source.mask.any(): raise DataError(f"no lung was found in {name}: give chest CT")
-            self.kept["source"] = source
+            self.current, self.kept["source"] = name, source
         return self.kept["source"]
 
     def keep(self, name: str, key: Any, make: Callable): # What `make` gives, once for each scan
@@ -317,10 +326,11 @@ class Bench:
         return {role: self.hashes[role] for role in roles}
 
     def data_cell(self, name: str) -> Cell:
-        "The scan itself: other cells need it, and by (1) what counts is its voxels."
+        "The scan itself: other cells need it, and by (1) what counts is its voxels and its nodules."
         def look(_):
-            scan = self.source(name).scan
-            return {"voxels": scan_digest(scan), "shape": scan.shape, "spacing": [round(float(s), 4) for s in scan.spacing]}
+            source = self.source(name)
+            scan = source.scan
+            return {"voxels": scan_digest(scan), "nodules": plain(source.nodules), "shape": scan.shape, "spacing": [round(float(s), 4) for s in scan.spacing]}
         return Cell(f"data/{name}", look, self.tests[name].origin | {"fits": plain(FITS)}, cost=5.)
 
 # %% ../nbs/20_evaluate.ipynb #ebe66d3d
@@ -371,7 +381,7 @@ def protection_rows(
 ) -> dict: # {"rows": [...]}: per place at, action, and `fidelity` of slice and square, protected and then forged
     "One scan under one protector, against the attacker who does not clean."
     from mits_nb.metrics import fidelity, square
-    scan, attacker, rows, lpips = bench.source(name).scan, bench.model("attacker"), [], has_lpips()
+    scan, attacker, rows, lpips = bench.source(name).scan, bench.model("attacker"), [], lpips_backbone() is not None
     twin = bench.keep(name, ("twin", protector), lambda: bench.model(protector).protect(scan, seed=bench.config.seed, again=True))
     for i, (action, at) in enumerate(forged_places(bench, name, bench.config.places)):
         forged, cut = attacker.tamper(twin, at, action, seed=bench.config.seed + i), square(at, scan.shape)
@@ -432,10 +442,13 @@ def scaled_rows(
 def sweep_rows(
     file: str | Path, # Of `Sweep.save`
 ) -> dict: # As `scaled_rows`
-    "Table 3 from a stored sweep: one training per alpha. Raises `DataError`."
+    "Table 3 from a stored sweep, means over the trainings of each alpha. Raises `DataError`."
     from mits_nb.protect.sweep import Sweep
-    stored = Sweep.load(file)
-    return {"rows": [{"value": r["value"], "patient": stored.info["patient"]} | {k: r[k] for k in ("square_rmse_hu", "protected_4096_db", "protected_db", "square_ssim")} for r in stored.rows if r["cleaning"] == "nothing"]}
+    stored, places = Sweep.load(file), {}
+    for r in stored.rows:
+        if r["cleaning"] == "nothing": places.setdefault((r["value"], r["place"], r["action"]), []).append(r)
+    mean = lambda rows: {k: float(np.mean([r[k] for r in rows])) for k in ("square_rmse_hu", "protected_4096_db", "protected_db", "square_ssim")}
+    return {"rows": [{"value": value, "patient": stored.info["patient"]} | mean(rows) for (value, *_), rows in places.items()], "trainings": max(map(len, places.values()))}
 
 # %% ../nbs/20_evaluate.ipynb #bbb01c94
 def alpha_table(
@@ -448,7 +461,8 @@ def alpha_table(
     cases = [(r, r.get("patient", c.split("/")[-1])) for c, v in got.items() for r in v["rows"]]
     for title, row, key in (("RMSE", "RMSE", "square_rmse_hu"), ("PSNR, peak 4096 HU", "PSNR", "protected_4096_db"), ("PSNR, peak = range", "PSNR", "protected_db"), ("SSIM", "SSIM", "square_ssim")):
         rows[title] = {column: cell_of([r[key] for r, _ in cases if abs(r["value"] - float(column)) < 1e-9], [p for r, p in cases if abs(r["value"] - float(column)) < 1e-9], paper[row][column], resamples) for column in paper[row]}
-    note = "One training per alpha, measured beforehand by benchmarks/protection.py --sweep-alphas on one phantom; our alpha weighs a damage in other units than the paper's (chapter 13)." if trained else \
+    n = max(v.get("trainings", 1) for v in got.values())
+    note = f"{'One training' if n == 1 else f'Means of {n} trainings'} per alpha, measured beforehand by benchmarks/protection.py --sweep-alphas on one phantom; our alpha weighs a damage in other units than the paper's (chapter 13)." if trained else \
            "No sweep of trainings is stored: instead of a training per alpha, the change of the shipped protector is multiplied by alpha. It answers the same question, what more protection costs and buys, and is not the paper's experiment."
     return {"paper": "mits-gan", "table": "Table 3", "title": "Weight of the tampering loss, tampered square", "units": {"RMSE": "HU", "PSNR": "dB"}, "rows": rows, "notes": [note, "SSIM with the range of the real square as peak; LPIPS was not stored."]}
 
@@ -535,6 +549,7 @@ def score_cells(
     "Accuracy, precision, recall, F1 with intervals by patient."
     from mits_nb.metrics import bootstrap_ci, classification
     cases = [(p, bool(t), name.split("/")[-1]) for name, v in got.items() for p, t, a in zip(v[key], v["tampered"], v["action"]) if action in (None, a)]
+    if not cases: return {c: {"ours": None, "low": None, "high": None, "paper": paper.get(c), "n": 0, "patients": 0, **more} for c in SCORES}
     p, t, patients = map(np.array, zip(*cases))
     out = {}
     for column in SCORES:
@@ -861,6 +876,7 @@ def detector_folders(
     if detectors is None: return []
     found = sorted(p.parent for p in Path(detectors).glob("*/config.json") if "-whole" not in p.parent.name)
     if not found: raise DataError(f"{detectors} holds no detectors: give a folder with one folder for each network (config.json, model.safetensors)")
+    if clash := {p.name for p in found} & {"cascade", "noise ratio"}: raise DataError(f"{Path(detectors) / clash.pop()}: the arena has a detector of that name already, rename the folder")
     return found
 
 # %% ../nbs/20_evaluate.ipynb #a0672412
@@ -945,15 +961,18 @@ def arena_cells(
     honest = lambda protection, judge: np.array([s for k, v in got.items() if k.startswith(f"honest/{protection}/") for s in v["scores"][judge]])
     for attacker, protection in dict.fromkeys(tuple(k.split("/")[1:3]) for k in got if k.startswith("arena/")):
         rows = [(r, k.split("/")[-1]) for k, v in got.items() if k.startswith(f"arena/{attacker}/{protection}/") for r in v["rows"]]
-        patients, mean = [p for _, p in rows], lambda values: None if not (kept := [v for v in values if v is not None]) else round(float(np.mean(kept)), 4)
-        met = [not r["lesion"] for r, _ in rows if r["lesion_unprotected"]]
+        patients = [p for _, p in rows]
+        def mean(values): # of patients' means, as its interval is
+            kept = [(float(v), p) for v, p in zip(values, patients) if v is not None]
+            return round(patient_interval(*zip(*kept), resamples=1)["value"], 4) if kept else None
+        met = [not r["lesion"] if r["lesion_unprotected"] else None for r, _ in rows]
         cell = {"attacker": attacker, "protection": protection, "n": len(rows), "patients": len(set(patients)), "forged_db": mean([r["protected_db"] for r, _ in rows]), "lost_db": mean([r["lost_db"] for r, _ in rows]),
                 "ssim": mean([r["square_ssim"] for r, _ in rows]), "lesion_gone": mean(met), "called": mean([float(r["called"]) for r, _ in rows]), "f1": mean([r["f1"] for r, _ in rows]), "detectors": {}}
         for judge in rows[0][0]["scores"]:
             scores, against = np.array([r["scores"][judge] for r, _ in rows]), honest(protection, judge)
             found = rate_above(scores, honest("none", judge))
             ci = patient_interval(found.astype(float), patients, resamples=resamples)
-            cell["detectors"][judge] = {"auc": round(roc_auc(np.r_[scores, against], np.r_[np.ones(len(scores)), np.zeros(len(against))] > 0), 4), "pd": round(float(found.mean()), 4), "low": round(ci["low"], 4), "high": round(ci["high"], 4), "honest": len(against)}
+            cell["detectors"][judge] = {"auc": round(roc_auc(np.r_[scores, against], np.r_[np.ones(len(scores)), np.zeros(len(against))] > 0), 4), "pd": round(ci["value"], 4), "low": round(ci["low"], 4), "high": round(ci["high"], 4), "honest": len(against)}
         out.append(cell)
     return out
 
@@ -999,8 +1018,9 @@ def findings(
     if others:
         clear = [f"{g['protection']} against {g['attacker']} ({points(g['value'])}, {points(g['low'])} to {points(g['high'])})" for g in others if g["low"] > 0 or g["high"] < 0]
         said.append(f"Of the {len(others)} other pairs of attacker and protection, the interval excludes zero for {', '.join(clear) or 'none'}; chance alone would do that for about {round(len(others) / 20)}.")
+    plain_share = next(a["share"] for a in answer["alarms"] if a["protection"] == "none")
     wrong = [a for a in answer["alarms"] if a["protection"] != "none" and abs(a["difference"]["value"]) > .02]
-    said.append(f"Honest scans: the cascade calls {100 * answer['alarms'][0]['share']:.1f} % of the plain slices tampered. " + ("Under no protection does that move by more than 2 points." if not wrong else
+    said.append(f"Honest scans: the cascade calls {100 * plain_share:.1f} % of the plain slices tampered. " + ("Under no protection does that move by more than 2 points." if not wrong else
                 "It moves by more than 2 points under " + ", ".join(f"{a['protection']} ({100 * a['difference']['value']:+.1f}" + (f", 95 %: {100 * a['difference']['low']:+.1f} to {100 * a['difference']['high']:+.1f})" if a["patients"] > 1 else ")") for a in wrong) + "."))
     for p in protections:
         if (base["attacker"], p) not in of or of[base["attacker"], p]["lost_db"] < 1: continue
@@ -1021,13 +1041,13 @@ def table_cells(
     trained: Cell | None = None, # "trained rows" of `training_cells`; None: the rows that are stored
 ) -> list[Cell]: # Tables and figures of both papers; what they are made from is among their needs
     "Everything that `mits_tables` shows without `--arena`."
-    c, made, alpha = bench.config, {}, alpha_cell(bench)
+    c, made, alpha, lpips = bench.config, {}, alpha_cell(bench), lpips_backbone()
     base = {"places": c.places, "seed": c.seed}
     for name in bench.tests: # scan by scan, so that each is loaded once
         data = (bench.data_cell(name),)
         made |= {cell.name: cell for cell in alpha.needs if cell.name == f"alpha/{name}"}
         for p in ("mitsgan", "tafim"):
-            made[f"protection/{p}/{name}"] = Cell(f"protection/{p}/{name}", lambda _, name=name, p=p: protection_rows(bench, name, p), base | bench.uses("attacker", p) | {"lpips": has_lpips()}, data, 8.)
+            made[f"protection/{p}/{name}"] = Cell(f"protection/{p}/{name}", lambda _, name=name, p=p: protection_rows(bench, name, p), base | bench.uses("attacker", p) | {"lpips": lpips}, data, 8.)
         made[f"slices/{name}"] = Cell(f"slices/{name}", lambda _, name=name: slice_rows(bench, name), {"seed": c.seed, "places": c.slice_places, "slices": c.slices} | bench.uses("attacker", "attacker:zeros", "cascade"), data, .5 * c.slice_places * c.slices * 2)
         made[f"cycle/{name}"] = Cell(f"cycle/{name}", lambda _, name=name: cycle_rows(bench, name), {"seed": c.seed, "slices": c.cycle_slices} | bench.uses("cyclegan", "cascade"), data, c.cycle_slices)
     first = next(iter(bench.tests))
@@ -1059,12 +1079,14 @@ def stored_rows(
     return read_json(file) if file.is_file() else {}
 
 # %% ../nbs/20_evaluate.ipynb #94720d67
-def has_lpips() -> bool:
-    "Is LPIPS's backbone on this machine already? Nothing is fetched here: a table must not depend on whether the network answers today."
+def lpips_backbone() -> str | None: # Fingerprint of the file; None where there is none that could be used
+    "LPIPS's backbone on this machine, if it is here already. Nothing is fetched: a table must not depend on whether the network answers today."
     import os
     from mits_nb.data import cache_folder
-    from mits_nb.metrics import BACKBONE
-    return Path(os.environ.get("MITS_LPIPS_BACKBONE") or cache_folder() / "squeezenet" / BACKBONE).is_file()
+    from mits_nb.metrics import BACKBONE, lpips_distance
+    file = Path(os.environ.get("MITS_LPIPS_BACKBONE") or cache_folder() / "squeezenet" / BACKBONE)
+    usable = file.is_file() and lpips_distance(np.zeros((64, 64), np.float32), np.ones((64, 64), np.float32))[0] is not None
+    return digest(file.read_bytes()) if usable else None
 
 # %% ../nbs/20_evaluate.ipynb #1b5fce90
 def alpha_cell(

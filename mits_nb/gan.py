@@ -6,13 +6,13 @@
 __all__ = ['log', 'minimax_losses', 'nonsaturating_losses', 'lsgan_losses', 'bce_d_loss', 'minimax_g_loss',
            'nonsaturating_g_loss', 'lsgan_d_loss', 'lsgan_g_loss', 'GanLosses', 'bare', 'frozen', 'Task', 'History',
            'prepared', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'resume_from', 'every', 'patience',
-           'Snapshots', 'tensorboard_log', 'own_random_state', 'fit']
+           'Snapshots', 'tensorboard_log', 'networks_digest', 'same_recipe', 'own_random_state', 'fit']
 
 # %% ../nbs/06_gan.ipynb #c7708dc1
-import hashlib, logging, math, re, shutil, warnings
+import hashlib, json, logging, math, re, shutil, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -567,6 +567,34 @@ def tensorboard_log(
             if name != "step": writer.add_scalar(name, value, step)
         writer.flush()
     return callback
+
+# %% ../nbs/06_gan.ipynb #2c095a0b
+def networks_digest(
+    thing, # A network, or an object that holds some: a forger, a protector
+) -> str: # 64 hexadecimal digits
+    "Checksum of all weights; another network, another digest."
+    digest = hashlib.sha256(type(thing).__name__.encode())
+    def add(part):
+        if isinstance(part, nn.Module):
+            for weights in part.state_dict().values(): digest.update(weights.detach().cpu().float().contiguous().numpy())
+        elif part is not None:
+            for name in ("injector", "remover", "net", "ctgan", "attacker"): add(getattr(part, name, None))
+    add(thing)
+    return digest.hexdigest()
+
+# %% ../nbs/06_gan.ipynb #859af20c
+def same_recipe(
+    folder: str | Path, # Of checkpoints
+    config: Any, # Settings, a dataclass: all but learning rates count
+    **made_from: Any, # JSON-able: what else the training depends on besides its seed, e.g. checksums of the data
+) -> None:
+    "Write down what a folder of checkpoints belongs to, or compare. Raises `TrainError` for checkpoints of another training."
+    settings = {name: value for name, value in asdict(config).items() if "lr" not in name.split("_")}
+    file, recipe = Path(folder) / "recipe.json", json.loads(json.dumps({"settings": settings, **made_from}))
+    if file.is_file() and (old := read_json(file)) != recipe:
+        other = [k for k in recipe if k != "settings" and old.get(k) != recipe[k]] + [k for k, v in recipe["settings"].items() if old.get("settings", {}).get(k) != v]
+        raise TrainError(f"{folder} holds checkpoints of a training with another {' and another '.join(other) or 'recipe'}: remove it, or choose another folder")
+    write_json(file, recipe)
 
 # %% ../nbs/06_gan.ipynb #c705797c
 @contextmanager

@@ -555,6 +555,12 @@ class SliceViewer(widgets.VBox):
     at = traitlets.Tuple(default_value=None, allow_none=True) # (z, y, x) voxel that is marked, or None
     panes = traitlets.Tuple() # of `Pane`
 
+    @traitlets.validate("at")
+    def _inside(self, proposal):
+        at = proposal["value"]
+        if at is not None and self.panes and (len(at) != 3 or not all(0 <= c < n for c, n in zip(at, self.panes[0].scan.shape))): raise PlaceError(f"the voxel z, y, x = {at} lies outside the volume of {self.panes[0].scan.shape} voxels: choose one inside")
+        return at
+
     def __init__(
         self,
         panes, # A `Scan`, a `Pane`, or a list of them on one grid
@@ -707,6 +713,10 @@ def wire_viewer(
         viewer.redraw()
     def new_panes(_):
         viewer.panes = as_panes(viewer.panes)
+        shape, held, viewer._held = viewer.panes[0].scan.shape, viewer._held, True
+        if viewer.at is not None and not all(c < n for c, n in zip(viewer.at, shape)): viewer.at = None # another volume
+        if controls["slice"].max != shape[PLANES[viewer.plane][0]] - 1: fit_slider(viewer)
+        viewer._held = held
         viewer.redraw()
     viewer.observe(show_window, "window")
     controls["window"].observe(choose_window, "value")

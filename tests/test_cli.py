@@ -13,7 +13,7 @@ import SimpleITK as sitk
 
 from mits_nb.cli import DemoConfig, apart, choose_places, mits_demo, mits_train, run_demo
 from mits_nb.core import MitsError, PlaceError
-from mits_nb.scan import read_scan, write_scan
+from mits_nb.scan import Scan, read_scan, write_scan
 
 
 def fails(words, out, capsys, *expected):
@@ -227,3 +227,25 @@ def test_real_dicom_series(data_dir, tmp_path):
         assert not np.array_equal(after, before)
         header = pydicom.dcmread(next((tmp_path / "out" / name).iterdir()), stop_before_pixels=True)
         assert "FORGERY" in header.SeriesDescription.upper() and list(header.ImageType[:2]) == ["DERIVED", "SECONDARY"]
+
+
+def test_the_input_and_foreign_folders_are_spared(series, tmp_path, capsys):
+    scan = read_scan(series)
+    study = tmp_path / "study"
+    for folder in (study / "protected", study / "other"): shutil.copytree(series, folder)
+    write_scan(scan, study / "forged.mha")
+    before = {p: p.read_bytes() for p in study.rglob("*") if p.is_file()}
+    for given in ("forged.mha", "protected"):
+        assert mits_demo(["--scan", str(study / given), "--out", str(study)]) == 2 and "is the input itself" in capsys.readouterr().err
+    (study / "protected" / "thesis.txt").write_text("mine")
+    assert mits_demo(["--scan", str(study / "other"), "--out", str(study)]) == 2 and "thesis.txt" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_scan_without_forgeries_has_no_precision():
+    from types import SimpleNamespace
+    from mits_nb.cli import judge
+    scan = Scan(np.zeros((3, 40, 40), np.int16), (2.5, 1., 1.))
+    report = SimpleNamespace(slices=[{"tampered": t} for t in (True, False, False)], regions=[], windows_per_slice=1)
+    scores = judge(SimpleNamespace(reports={"real": report}, scans={"real": scan}))["real"]
+    assert scores["accuracy"] == 2 / 3 and scores["precision"] is scores["recall"] is scores["f1"] is None

@@ -218,6 +218,8 @@ def test_training_calls_the_recipe_of_the_variant(tmp_path, capsys, monkeypatch)
         assert mits_train(["protect", "--preset", "full", "--variant", variant, "--attacker", "ctgan-tiny", "--out", str(tmp_path / "w")]) == 0
         assert not {"width", "steps", "lr"} & set(full := calls.pop()) and full["preset"] == "full" and (full.get("cleanings") or full.get("variant") == "released")
     assert mits_train(["detect", "--hold-out", "A"]) == 2 and "--hold-out belongs to" in capsys.readouterr().err
+    assert mits_train(["attack", "--attacker", "x"]) == 2 and "--attacker belongs to" in capsys.readouterr().err
+    for part in ("attack", "protect"): assert mits_train([part, "--protector", "x"]) == 2 and "--protector belongs to" in capsys.readouterr().err
     assert mits_train(["protect", "--pictures", "folder"]) == 2 and "--pictures belongs to" in capsys.readouterr().err
     from mits_nb.protect import rivals
     monkeypatch.setattr(rivals, "train_tafim", lambda **words: calls.append(words))

@@ -182,5 +182,5 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
     config = from_preset(DetectorConfig, "tiny", width=.125, batch=8, dense_batch=2, steps=2)
     train_detector(patches(), config, seed=1, out=tmp_path / "lesson")
     train_detector(patches(), config, seed=1, out=tmp_path / "lesson") # the same again: finished
-    for data, more in ((patches(seed=1), {}), (patches(), {"lr": 1e-5})):
-        with pytest.raises(TrainError, match="other settings or data"): train_detector(data, replace(config, **more), seed=1, out=tmp_path / "lesson")
+    for data, more, word in ((patches(seed=1), {}, "patches"), (patches(), {"batch": 16}, "batch")):
+        with pytest.raises(TrainError, match=f"another {word}"): train_detector(data, replace(config, **more), seed=1, out=tmp_path / "lesson")

@@ -279,6 +279,9 @@ def test_arena_figures_by_hand():
     one = cells["plain", "none"]
     assert one["detectors"]["cascade"]["pd"] == 1. and one["called"] == .5 and one["n"] == 4 and one["patients"] == 2  # 2 of 200 above: the threshold is 0
     assert one["detectors"]["cascade"]["auc"] == pytest.approx(((99 + 1) + 99) / 200, abs=1e-4)
+    lone = {k: {"rows": v["rows"][:1] if k == "arena/plain/none/b" else v["rows"]} if k.startswith("arena/") else v for k, v in got.items()}
+    lone["arena/plain/none/b"]["rows"] = [place(0., lost=0., called=False)]
+    assert {(c["attacker"], c["protection"]): c for c in ev.arena_cells(lone, 50)}["plain", "none"]["detectors"]["cascade"]["pd"] == .5, "patients weigh the same, as in the interval beside it"
     assert cells["blur first", "MITS-GAN"]["lesion_gone"] == .5 and cells["blur first", "MITS-GAN"]["lost_db"] == 1.
     answer = ev.headline(got, 50)
     gain = {(g["attacker"], g["protection"]): g for g in answer["gains"]}
@@ -286,6 +289,7 @@ def test_arena_figures_by_hand():
     alarms = {a["protection"]: a for a in answer["alarms"]}
     assert alarms["MITS-GAN"]["share"] == .15 and alarms["MITS-GAN"]["difference"]["value"] == .1 and alarms["MITS-GAN"]["regions"] == 2
     said = " ".join(ev.findings(list(cells.values()), answer))
+    assert "calls 5.0 % of the plain slices" in said and ev.findings(list(cells.values()), answer | {"alarms": answer["alarms"][::-1]}) == ev.findings(list(cells.values()), answer)
     assert "+50 points" in said and "more than 2 points under MITS-GAN (+10.0, 95 %: +10.0 to +10.0)" in said and "33% with blur first" in said
 
 
@@ -328,6 +332,9 @@ def test_a_folder_without_detectors(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     assert [p.name for p in ev.detector_folders(tmp_path)] == ["dct-1"]
+    (tmp_path / "cascade").mkdir()
+    (tmp_path / "cascade" / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="of that name already"): ev.detector_folders(tmp_path)
 
 
 def test_the_stored_arena_can_get_new_tables_and_sentences(tmp_path, monkeypatch):
@@ -565,3 +572,38 @@ def test_whole_tests_of_phantoms_are_patients_of_their_own_and_others_take_turns
     assert len(set(names.values())) == 8 and set(names.values()) <= set(bench.tests) and list(names)[:3] == ["BEN", "MAL", "INJ1"]
     (tmp_path / "one.nrrd").write_bytes(b"x")
     assert set(ev.whole_tests(ev.Bench(config, ev.find_tests(str(tmp_path), config))).values()) == {"one"}
+
+
+def test_scans_keep_their_names_and_none_is_lost(tmp_path):
+    for name in ("ct.mha", "ct.nrrd", "1.3.6.1.4.2.mhd", "b.nii.gz"): (tmp_path / name).write_bytes(b"x")
+    assert set(ev.scans_below(tmp_path)) == {"ct.mha", "ct.nrrd", "1.3.6.1.4.2", "b"}
+    assert [t.name for t in ev.find_tests(str(tmp_path / "1.3.6.1.4.2.mhd"))] == ["1.3.6.1.4.2"]
+
+
+def test_a_kind_that_was_not_tested_is_a_blank_cell():
+    assert ev.score_cells({"slices/a": slices(2)}, {"f1": .9}, "remove")["f1"] == {"ours": None, "low": None, "high": None, "paper": .9, "n": 0, "patients": 0}
+
+
+def test_a_scan_that_cannot_be_used_says_so_every_time():
+    bench = ev.Bench(from_preset(ev.EvaluateConfig, "tiny"), [ev.TestScan("thick", {}, lambda: SimpleNamespace(scan=Scan(np.zeros((8, 64, 64), np.int16), (9., 1., 1.))))])
+    for _ in range(2):
+        with pytest.raises(DataError, match="slices of 9 mm"): bench.source("thick")
+    with pytest.raises(DataError, match="pixels of 0.3 mm"): ev.check_fit("odd", Scan(np.zeros((8, 64, 64), np.int16), (2., .3, .8)))
+
+
+def test_a_broken_backbone_counts_as_none(tmp_path, monkeypatch):
+    (tmp_path / "broken.pth").write_bytes(b"no")
+    monkeypatch.setenv("MITS_LPIPS_BACKBONE", str(tmp_path / "broken.pth"))
+    assert ev.lpips_backbone() is None
+    monkeypatch.setenv("MITS_LPIPS_BACKBONE", str(tmp_path / "missing.pth"))
+    assert ev.lpips_backbone() is None
+
+
+def test_a_sweep_with_repeats_counts_places_and_not_trainings(tmp_path, monkeypatch):
+    from mits_nb.protect.sweep import Sweep
+    row = lambda value, repeat, db: {"value": value, "place": 0, "action": "remove", "cleaning": "nothing", "repeat": repeat, "square_rmse_hu": 1., "protected_4096_db": db, "protected_db": db, "square_ssim": .5}
+    monkeypatch.setattr(Sweep, "load", classmethod(lambda cls, path: SimpleNamespace(info={"patient": "phantom 5"}, rows=[row(v, n, 10. + n) for v in (.2, .4, .6, .8, 1.) for n in (0, 1, 2)])))
+    found = ev.sweep_rows("file")
+    assert len(found["rows"]) == 5 and found["trainings"] == 3
+    table = ev.alpha_table({"alpha/stored": found}, True, 20)
+    assert table["rows"]["PSNR, peak = range"]["0.2"]["ours"] == 11. and table["rows"]["PSNR, peak = range"]["0.2"]["n"] == 1 and table["notes"][0].startswith("Means of 3 trainings per alpha")

@@ -716,3 +716,24 @@ def test_history_file_and_plot(tmp_path):
         with pytest.raises(DataError): History.load(tmp_path / "bad.json")
     with pytest.raises(DataError): History.load(tmp_path / "missing.json")
     assert json.loads((tmp_path / "h.json").read_text())["rows"][0]["step"] == 1
+
+
+def test_recipe_of_checkpoints(tmp_path):
+    from dataclasses import dataclass
+    from mits_nb.gan import networks_digest, same_recipe
+
+    @dataclass(frozen=True)
+    class Config:
+        width: int = 8
+        lr: float = 1e-3
+        d_lr: float = 1e-3
+        betas: tuple = (.5, .9)
+
+    same_recipe(tmp_path / "a", Config(), data=["x"])
+    same_recipe(tmp_path / "a", Config(lr=1e-4, d_lr=1e-5), data=["x"])
+    with pytest.raises(TrainError, match="another data and another width"): same_recipe(tmp_path / "a", Config(width=16), data=["y"])
+    one, same, other = (torch.nn.Linear(2, 2) for _ in range(3))
+    same.load_state_dict(one.state_dict())
+    holder = lambda net: type("Forger", (), {"injector": net, "remover": None})()
+    assert networks_digest(one) == networks_digest(same) != networks_digest(other)
+    assert networks_digest(holder(one)) == networks_digest(holder(same)) != networks_digest(holder(other)) and networks_digest(holder(one)) != networks_digest(one)

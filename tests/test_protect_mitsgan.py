@@ -446,11 +446,12 @@ def test_training_writes_weights_that_load_and_repeats_itself(variant, phantom, 
 
 class Faint(ToyAttacker):
     "An attacker whose forgeries turn into NaN after some calls."
-    calls = 0
+    def __init__(self, after=6):
+        self.calls, self.after = 0, after
 
     def tamper_tensor(self, hu, *args, **kwargs):
         self.calls += torch.is_grad_enabled()
-        return super().tamper_tensor(hu, *args, **kwargs) * (float("nan") if self.calls > 6 else 1)
+        return super().tamper_tensor(hu, *args, **kwargs) * (float("nan") if self.calls > self.after else 1)
 
 
 def test_training_stops_at_nan_and_keeps_the_last_good_checkpoint(phantom, tmp_path):
@@ -461,7 +462,9 @@ def test_training_stops_at_nan_and_keeps_the_last_good_checkpoint(phantom, tmp_p
     assert [p.name for p in kept] == ["step-00000002", "step-00000003"] and not (tmp_path / "w").exists()
     tensors, state = read_checkpoint(kept[-1])
     assert state["step"] == 3 and all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
-    train_mitsgan("tiny", tmp_path / "w", ToyAttacker(), data=[phantom[0]], checkpoint_every=1, **settings)  # goes on from there
+    for name, given in {"width": dict(width=16), "attackers": dict(attacker=ToyAttacker())}.items():
+        with pytest.raises(TrainError, match=f"another {name}"): train_mitsgan("tiny", tmp_path / "w", given.pop("attacker", Faint()), data=[phantom[0]], checkpoint_every=1, **settings | given)
+    train_mitsgan("tiny", tmp_path / "w", Faint(99), data=[phantom[0]], checkpoint_every=1, **settings | {"lr": 1e-4})  # goes on from there, as the message advises
     assert len(MitsGAN.from_pretrained(tmp_path / "w").history) and not (tmp_path / "w-training").exists()
 
 

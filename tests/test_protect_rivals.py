@@ -174,6 +174,7 @@ def test_training_writes_weights_that_load_and_repeats_itself(phantom, tmp_path)
     assert not torch.equal(first.net.everywhere, other.net.everywhere)
     loaded = Tafim.from_pretrained(tmp_path / "a")
     assert loaded.name == "a" and len(loaded.history) and "| steps | 2 |" in (tmp_path / "a" / "card.md").read_text()
+    assert not (tmp_path / "a-training").exists(), "a later training starts anew"
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["card.md", "config.json", "history.json", "model.safetensors"]
     assert np.array_equal(loaded.protect(phantom[0]).hu, first.protect(phantom[0]).hu)
 

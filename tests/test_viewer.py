@@ -370,6 +370,21 @@ def test_viewer_refuses_bad_options(scan):
         SliceViewer(scan, window=(40, 0))
 
 
+def test_panes_of_another_size_bring_their_own_slider(scan):
+    viewer = SliceViewer(Pane(scan, "one"), size=100)
+    last = viewer.controls["slice"].max
+    viewer.at = tuple(n - 1 for n in scan.shape)
+    viewer.panes = [Pane(scan.with_hu(scan.hu + 1), "same grid")]
+    assert viewer.at is not None and viewer.controls["slice"].max == last
+    viewer.panes = [Pane(Scan(scan.hu[:2, :30, :30], scan.spacing), "smaller")]
+    assert viewer.at is None and viewer.controls["slice"].max == 1 and viewer.index <= 1 and len(viewer.screen.frames) == 1
+    viewer.panes = [Pane(scan, "back")]
+    assert viewer.controls["slice"].max == last
+    for outside in ((99, 0, 0), (0, -1, 0)):
+        with pytest.raises(PlaceError, match="outside the volume"): viewer.at = outside
+    assert viewer.at is None
+
+
 def test_one_slice_is_enough():
     viewer = SliceViewer(Scan(np.zeros((1, 20, 20), np.float32), (5, 1, 1)), size=60)
     assert viewer.controls["slice"].disabled and len(viewer.screen.frames) == 1

@@ -6,13 +6,12 @@
 __all__ = ['SCALINGS', 'CLEAN', 'PAIRED', 'RIM', 'FORGED', 'HARD', 'standardise', 'Pointwise', 'conv_bn', 'separable_bn',
            'max_pool_same', 'SpatialAttention', 'doubled', 'local_pool', 'ChannelAttention', 'PooledBlock', 'WideBlock',
            'by_bands', 'Detector', 'window_probability', 'folded', 'PatchSet', 'cut_patch', 'dense_targets',
-           'random_view', 'DetectorConfig', 'draw_batch', 'DetectorTask', 'settle', 'same_recipe', 'train_detector']
+           'random_view', 'DetectorConfig', 'draw_batch', 'DetectorTask', 'settle', 'train_detector']
 
 # %% ../../nbs/15_detect.cnn.ipynb #37afe03b
-import copy, hashlib, json
+import copy, hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attack.nets import HubNet
-from ..core import DetectError, TrainError, UsageError, kept_memory, pick_compute, read_json, torch_rng, write_json
+from ..core import DetectError, TrainError, UsageError, kept_memory, pick_compute, torch_rng
 from ..gan import History, Task, patience
 
 # %% ../../nbs/15_detect.cnn.ipynb #b6d1cd97
@@ -444,16 +443,6 @@ def settle(
     for m in norms: m.momentum = .05
     return net.eval()
 
-# %% ../../nbs/15_detect.cnn.ipynb #d5b2f1e8
-def same_recipe(
-    folder: str | Path, # Of checkpoints
-    recipe: dict, # JSON-able: what the training depends on besides its seed
-) -> None:
-    "Write down what a folder of checkpoints belongs to, or compare. Raises `TrainError` for checkpoints of another training."
-    file, recipe = Path(folder) / "recipe.json", json.loads(json.dumps(recipe))
-    if file.is_file() and read_json(file) != recipe: raise TrainError(f"{folder} holds checkpoints of a training with other settings or data: remove it, or choose another folder")
-    write_json(file, recipe)
-
 # %% ../../nbs/15_detect.cnn.ipynb #ee2df9a0
 def train_detector(
     patches: PatchSet, # To learn from
@@ -466,9 +455,9 @@ def train_detector(
     show_progress: bool = True, # A bar when it takes longer than two seconds
 ) -> tuple[Detector, History]: # The network in evaluation mode, and the loss curves
     "Train a detector on patches. Raises `TrainError` for patches of one class, and for checkpoints of another training."
-    from mits_nb.gan import fit
+    from mits_nb.gan import fit, same_recipe
     patches.check()
-    if out is not None: same_recipe(out, {"config": asdict(config), "patches": hashlib.sha256(np.ascontiguousarray(patches.hu).tobytes() + patches.kind.tobytes()).hexdigest()})
+    if out is not None: same_recipe(out, config, patches=hashlib.sha256(np.ascontiguousarray(patches.hu).tobytes() + patches.kind.tobytes()).hexdigest())
     with torch.random.fork_rng(devices=[]): # the caller's random numbers stay as they are
         torch.default_generator.manual_seed(torch_rng(seed, "detector", "first weights").initial_seed())
         net = (net or Detector(width=config.width, dropout=config.dropout)).to(memory_format=torch.channels_last)

@@ -28,11 +28,11 @@ from ..core import DataError, DetectError, TrainError, UsageError
 from ..core import atomic_dir, from_preset, import_torchvision, pick_compute, progress, read_json, rng, torch_rng, weights_path, write_json
 from ..data import published
 from .cascade import Cascade, CascadeConfig, slice_features, slice_truth, train_svm
-from .cnn import CLEAN, FORGED, PAIRED, Detector, DetectorConfig, DetectorTask, PatchSet, cut_patch, draw_batch, same_recipe, settle, standardise, train_detector, window_probability
+from .cnn import CLEAN, FORGED, PAIRED, Detector, DetectorConfig, DetectorTask, PatchSet, cut_patch, draw_batch, settle, standardise, train_detector, window_probability
 from .heatmap import as_slices, heatmap
 from .training import KINDS, ForgedSlices, Job, SetsConfig, Source, forge_set, forger_record, make_file, save_slices
 from .windows import grid_shape, window_centres
-from ..gan import History, Task, fit, frozen, lsgan_d_loss, lsgan_g_loss
+from ..gan import History, Task, fit, frozen, lsgan_d_loss, lsgan_g_loss, same_recipe
 from ..protect.mitsgan import ProtectorDiscriminator, residual_body
 from ..scan import Scan
 
@@ -625,7 +625,7 @@ def train_cyclegan(
         task = CycleTask(config)
     draw_piles(scans, config, torch_rng(seed, "probe"))
     work = out.with_name(out.name + ".work")
-    same_recipe(work, {"config": asdict(config), "scans": [hashlib.sha256(np.ascontiguousarray(s.hu).tobytes()).hexdigest() for s in scans]})
+    same_recipe(work, config, scans=[hashlib.sha256(np.ascontiguousarray(s.hu).tobytes()).hexdigest() for s in scans])
     history = fit(task, lambda step, generator: draw_piles(scans, config, generator), config.steps, seed=seed, out=work, checkpoint_every=max(1, config.steps // 4),
                   log_every=max(1, config.steps // 100), desc="train CycleGAN", progress=show_progress)
     net = task.networks["clean"].eval()

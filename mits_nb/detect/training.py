@@ -619,14 +619,8 @@ def forger_record(
     attacker, # `CTGAN`, a forger that wraps one, or a network
 ) -> dict: # JSON-able
     "What tells a forger from others: settings, and a checksum of all its networks."
-    digest = hashlib.sha256(type(attacker).__name__.encode())
-    def add(part):
-        if hasattr(part, "state_dict"):
-            for weights in part.state_dict().values(): digest.update(weights.detach().cpu().float().contiguous().numpy())
-        elif part is not None:
-            for name in ("injector", "remover", "net", "ctgan", "attacker"): add(getattr(part, name, None))
-    add(attacker)
-    return {"networks": digest.hexdigest()[:16], "settings": asdict(attacker.settings) if hasattr(attacker, "settings") else {}}
+    from mits_nb.gan import networks_digest
+    return {"networks": networks_digest(attacker)[:16], "settings": asdict(attacker.settings) if hasattr(attacker, "settings") else {}}
 
 # %% ../../nbs/18_detect.training.ipynb #bc7c4405
 class OneKind:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ROBUST', 'RELEASED', 'NoiseNet', 'ResidualBlock', 'round_through', 'published_body', 'residual_body', 'Pattern',
            'lung_weight', 'local_mean', 'Protector', 'finish_slices', 'ProtectorDiscriminator', 'MitsganConfig',
-           'cuboid_crop', 'PlaceBatches', 'draw_noise', 'with_masks', 'ProtectTask', 'search_wave', 'middle_box',
-           'Cast', 'folded', 'check_hu', 'lung_doubts', 'MitsGAN', 'is_protected', 'training_scans', 'train_mitsgan',
-           'evaluate_protection', 'summarise_protection']
+           'cuboid_crop', 'PlaceBatches', 'made_from', 'draw_noise', 'with_masks', 'ProtectTask', 'search_wave',
+           'middle_box', 'Cast', 'folded', 'check_hu', 'lung_doubts', 'MitsGAN', 'is_protected', 'training_scans',
+           'train_mitsgan', 'evaluate_protection', 'summarise_protection']
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #7019d74e
-import copy, logging, math, shutil, time
+import copy, hashlib, logging, math, shutil, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..attack.ctgan import HELD_OUT, CtganConfig, training_sources
 from ..attack.nets import HubNet, n_trainable
 from ..core import Compute, ScanError, TrainError, UsageError, atomic_dir, from_preset, pick_compute, progress, torch_rng, weights_path
-from ..gan import History, Task, fit, own_random_state
+from ..gan import History, Task, fit, networks_digest, own_random_state, same_recipe
 from .losses import CLEANINGS, domain_loss, fooling_loss, forgery_damage, random_cleaning
 
 # %% ../../nbs/11_protect.mitsgan.ipynb #efccf934
@@ -328,6 +328,14 @@ class PlaceBatches:
                 "first": torch.tensor(step % 2), # even steps begin with an injection, odd ones with a removal; then they take turns
                 "draw": torch.randint(2 ** 31, (c.places,), generator=random)} # chooses each place's attacker and cleaning
 
+# %% ../../nbs/11_protect.mitsgan.ipynb #3a61ea46
+def made_from(
+    batches: PlaceBatches, # What a protector is trained on
+    attackers: list, # And against whom
+) -> dict: # JSON-able, for `same_recipe`
+    "Checksums of the scans and of the attackers' networks: an interrupted training must not go on with others."
+    return {"scans": [hashlib.sha256(np.ascontiguousarray(scan.hu).tobytes()).hexdigest() for scan in batches.scans], "attackers": [networks_digest(a) for a in attackers]}
+
 # %% ../../nbs/11_protect.mitsgan.ipynb #b9f21ffa
 def draw_noise(
     shape: tuple, # Any
@@ -624,11 +632,12 @@ class MitsGAN:
         scan: "Scan", # Any CT in HU
         seed: int = 0, # Seed of the noise: same seed, same protected scan
         again: bool = False, # Protect a scan that is protected already?
-        batch: int = 4, # Slices at a time; bounds the memory, does not change the result
+        batch: int = 4, # Slices at a time; bounds the memory, changes no more than a last bit
         compute: Compute | None = None, # Device and precision; None for `pick_compute()`
     ) -> "Scan": # Same shape and dtype, whole HU, padding untouched; the scan itself, unmarked, where there was nothing to change
-        "Protect every slice; a scan without lung is protected with a warning. Raises `ScanError` for values that are no HU, `UsageError` for a scan that carries a protection already, unless `again`."
+        "Protect every slice; a scan without lung is protected with a warning. Raises `ScanError` for values that are no HU, `UsageError` for a scan that carries a protection already, unless `again`, and for a batch below 1."
         admit(scan, again)
+        if batch < 1: raise UsageError(f"{batch} slices at a time protect nothing: give at least 1")
         for doubt in lung_doubts(scan): log.warning(doubt)
         compute, random = compute or pick_compute(), torch_rng(seed, "protect")
         net = folded(self.protector, compute.dtype).to(compute.device)
@@ -698,6 +707,7 @@ def train_mitsgan(
     task = ProtectTask(protector, discriminator, attacker, config)
     if config.variant == "ours" and config.wave is None: search_wave(task, batches, seed)
     started, work = time.perf_counter(), None if out is None else Path(out).with_name(Path(out).name + "-training")
+    if work is not None: same_recipe(work, config, **made_from(batches, task.attackers))
     history = fit(task, batches, config.steps, seed=seed, out=work,
                   checkpoint_every=often(config.steps) if checkpoint_every is None else checkpoint_every, log_every=10, desc="training the protector")
     mitsgan = MitsGAN(protector, "mitsgan" if out is None else Path(out).name, history)

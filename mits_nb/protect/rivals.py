@@ -7,7 +7,7 @@ __all__ = ['Nothing', 'GaussianNoise', 'ascend', 'place_damage', 'place_groups',
            'erased_box', 'tafim_loss', 'TafimConfig', 'TafimTask', 'Tafim', 'load_protector', 'train_tafim']
 
 # %% ../../nbs/12_protect.rivals.ipynb #ced95514
-import logging, math, time
+import logging, math, shutil, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Sequence
@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from ..attack.nets import HubNet, n_trainable
 from ..attack.tamper import as_places, check_place, cuboid_box
 from ..core import Compute, DataError, TrainError, UsageError, WeightsError, atomic_dir, from_preset, pick_compute, progress, read_json, rng, torch_rng, weights_path
-from ..gan import History, Task, fit, own_random_state
+from ..gan import History, Task, fit, own_random_state, same_recipe
 from ..metrics import lung_window_image, rmse
 from .losses import forgery_damage
 from ..attack.ctgan import HELD_OUT
-from .mitsgan import MitsGAN, MitsganConfig, PlaceBatches, ProtectTask, admit, cuboid_crop, finish_slices, middle_box, often, protected_scan, training_scans
+from .mitsgan import MitsGAN, MitsganConfig, PlaceBatches, ProtectTask, admit, cuboid_crop, finish_slices, made_from, middle_box, often, protected_scan, training_scans
 
 # %% ../../nbs/12_protect.rivals.ipynb #c7905a54
 log = logging.getLogger("mits_nb")
@@ -444,11 +444,12 @@ class Tafim:
         scan: "Scan", # Any CT in HU
         seed: int = 0, # Chooses the phase of the global perturbation: same seed, same protected scan
         again: bool = False, # Protect a scan that is protected already?
-        batch: int = 4, # Slices at a time; bounds the memory, does not change the result
+        batch: int = 4, # Slices at a time; bounds the memory, changes no more than a last bit
         compute: Compute | None = None, # Where and in which precision; None picks
     ) -> "Scan": # Same shape and dtype, whole HU, padding untouched
         "Add the image-specific perturbation to every slice. Raises `UsageError` for a scan that is protected already, unless `again`; `ScanError` for values that are no HU."
         admit(scan, again)
+        if batch < 1: raise UsageError(f"{batch} slices at a time protect nothing: give at least 1")
         compute, net, out = compute or pick_compute(), self.net.eval(), np.empty_like(scan.hu)
         net.to(compute.device)
         phase = torch.rand(1, generator=torch_rng(seed, "tafim")).to(compute.device)
@@ -489,6 +490,7 @@ def train_tafim(
         torch.manual_seed(torch_rng(seed, "tafim weights").initial_seed())
         net = TafimNet(config.width, config.levels, config.global_px, config.reach_hu, config.start, config.dropout, config.window_px)
     started, work = time.perf_counter(), None if out is None else Path(out).with_name(Path(out).name + "-training")
+    if work is not None: same_recipe(work, config, **made_from(batches, [attacker]))
     history = fit(TafimTask(net, attacker, config), batches, config.steps, seed=seed, out=work, checkpoint_every=often(config.steps) if checkpoint_every is None else checkpoint_every, log_every=10,
                   desc="training TAFIM", progress=show_progress)
     tafim = Tafim(net, "tafim" if out is None else Path(out).name, history)
@@ -497,4 +499,5 @@ def train_tafim(
         settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items() if key != "held_out" or not isinstance(data, (list, tuple)))
         tafim.save_pretrained(out, f"# TAFIM of mits_nb (width {config.width})\n\nTrained by `train_tafim` (chapter 12) through a frozen CT-GAN on {len(batches.scans)} scans, seed {seed}. "
                                    f"A rival to compare with, not a safeguard for clinical data.\n\n| setting | value |\n|---|---|\n{settings}\n\n{card}".rstrip() + "\n")
+        shutil.rmtree(work) # a later training must not take a finished one up again
     return tafim
