@@ -447,6 +447,7 @@ def test_training_writes_weights_that_load_and_repeats_itself(variant, phantom, 
 class Faint(ToyAttacker):
     "An attacker whose forgeries turn into NaN after some calls."
     def __init__(self, after=6):
+        super().__init__()
         self.calls, self.after = 0, after
 
     def tamper_tensor(self, hu, *args, **kwargs):
