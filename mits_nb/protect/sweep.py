@@ -445,7 +445,7 @@ def sweep_figure(
         axis.set(title=f"effect: {action}", ylabel="forged square loses [dB]")
         for k, cleaning in enumerate(info["cleanings"]): draw(axis, "lost_db", {"action": action, "cleaning": cleaning}, marker="os^Dv*"[k % 6], label=cleaning)
         axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.legend(fontsize=8, frameon=False, title="attacker cleans", title_fontsize=8)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False, title="attacker cleans", title_fontsize=8)
     for axis in axes:
         log = min(values) > 0 and max(values) >= 10 * min(values)
         axis.set(xlabel=info["knob"], xscale="log" if log else "linear"); axis.grid(alpha=0.3)
