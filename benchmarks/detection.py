@@ -6,7 +6,7 @@
 
 First form: measures and writes all rows. Second form: the slices of single conditions, by name, and nothing else. Third form: joins such files, prints the tables, and stores them as chapter 18 shows them. A file that --store has written may be among those joined: its rows are taken over, and rows of the same
 scans and condition in the others replace them. Slices by attacker and treatment (the attackers of the training first, then each --unseen one, the CycleGAN in-painter of chapter 19, soap film and copy-move, other masks and touch-ups, a blur and noise afterwards);
-regions (Pd at 1 % false alarms per place, places ranked by their suspicion; F1 of regions, F1 of voxels); the eight whole scans of the paper's Table 4 with its 3-D rule; unforged scans; controls without a generator.
+regions (Pd at 1 % false alarms per place, places ranked by their suspicion, and the same places before they were forged; F1 of regions, F1 of voxels); the eight whole scans of the paper's Table 4 with its 3-D rule; unforged scans; controls without a generator.
 Goals: F1 >= 0.95 and AUC >= 0.985 on slices; Pd at 1 % >= 0.95; voxel F1 >= 0.90; unseen >= 95 % of the aligned AUC; no error on the eight scans; at most one false region in 20 unforged scans.
 """
 import argparse, time
@@ -86,7 +86,7 @@ def measure_regions(a, cascade, sources, found):
             forged = forge_round(source.scan, attackers[i % len(attackers)], 4, 70 + i, source.mask, source.nodules)
             notes, report = [n for n in forged.history if n["kind"] == "forged"], cascade.inspect(forged, False)
             for n in notes:
-                found["places"].append({"patient": source.name, "group": group(source.name), "score": report.suspicion(n["at"]), "tampered": True, "action": n["action"]})
+                found["places"].append({"patient": source.name, "group": group(source.name), "score": report.suspicion(n["at"]), "before": honest.suspicion(n["at"]), "tampered": True, "action": n["action"]})
             match = match_regions([r["centre_mm"] for r in report.regions], [forged.voxel_to_world(n["at"]) for n in notes])
             place = localisation(painted([n["at"] for n in notes], forged), painted([r["centre_voxel"] for r in report.regions], forged))
             found["regions"].append({"patient": source.name, "group": group(source.name), **{k: match[k] for k in ("tp", "fp", "fn")}, "voxel_f1": place["f1"], "distance_mm": [d for *_, d in match["pairs"]]})
@@ -150,12 +150,12 @@ def tables(found):
         truth, alone = g.tampered.tolist(), classification(g.tampered.tolist(), (g.alone >= .5).tolist())
         return pd.Series({**{k: classification(truth, (g.p >= .5).tolist())[k] for k in ("accuracy", "precision", "recall", "f1")}, "auc": roc_auc(g.p.tolist(), truth), "f1_alone": alone["f1"], "auc_alone": roc_auc(g.alone.tolist(), truth), "slices": len(g)})
     def scored(g, columns, **how): return g.groupby(columns, **how).apply(scores, include_groups=False).reset_index().to_dict("records") if len(g) else []
-    places = pd.DataFrame(found["places"], columns=None if found["places"] else ["group", "score", "tampered"])
+    places = pd.DataFrame(found["places"], columns=None if found["places"] else ["group", "score", "before", "tampered"])
     regions = []
     for name, g in places.groupby("group"):
         r = [x for x in found["regions"] if x["group"] == name]
         tp, fp, fn = (sum(x[k] for x in r) for k in ("tp", "fp", "fn"))
-        regions.append({"group": name, "places": int(g.tampered.sum()), "pd_at_1_percent": pd_at_fa(g.score.tolist(), g.tampered.tolist()), "auc": roc_auc(g.score.tolist(), g.tampered.tolist()), "tp": tp, "fp": fp, "fn": fn,
+        regions.append({"group": name, "places": int(g.tampered.sum()), "pd_at_1_percent": pd_at_fa(g.score.tolist(), g.tampered.tolist()), "same_places_before": pd_at_fa(g.score.where(~g.tampered, g.before).tolist(), g.tampered.tolist()), "auc": roc_auc(g.score.tolist(), g.tampered.tolist()), "tp": tp, "fp": fp, "fn": fn,
                         "region_f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None, "voxel_f1": float(np.mean([x["voxel_f1"] for x in r])), "distance_mm": float(np.median(sum((x["distance_mm"] for x in r), []))) if tp else None})
     controls = pd.DataFrame(found["controls"]).groupby(["group", "kind"], sort=False).called.agg(["mean", "size"]).reset_index().to_dict("records") if found["controls"] else []
     parity = [{"group": name, "method": method, "slices": len(g), **{f"auc_{k}": roc_auc(g[v].tolist(), g.tampered.tolist()) for k, v in (("second_stage", "p"), ("hottest_cell", "hottest"))}}

@@ -197,7 +197,7 @@ def detection() -> str | None:
         return None
     low_high = {"low": "95 %, from", "high": "to"}
     parts = [stale(found.get("weights", {})) + records([{**r, "name": f"{r['group']}, {r['condition']}"} for r in found["slices"]], {"name": "scans, forger", **SCORES, **low_high})]
-    regions = {"group": "scans", "places": "forged places", "pd_at_1_percent": "Pd at 1 % false alarms", "auc": "AUC", "region_f1": "F1 of regions", "voxel_f1": "F1 of voxels", "distance_mm": "distance, mm", **low_high}
+    regions = {"group": "scans", "places": "forged places", "pd_at_1_percent": "Pd at 1 % false alarms", "same_places_before": "the same places before forging", "auc": "AUC", "region_f1": "F1 of regions", "voxel_f1": "F1 of voxels", "distance_mm": "distance, mm", **low_high}
     parts.append("Regions:\n\n" + records(found["regions"], regions))
     if found.get("controls"):
         parts.append("Controls without a generator: cut out and pasted back, and other harmless handling.\n\n"
