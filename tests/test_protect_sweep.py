@@ -261,6 +261,7 @@ def test_repeats_add_figures_and_no_pictures(result, scan):
     low, high = price.collections[0].get_paths()[0].get_extents().intervaly
     assert low == pytest.approx(mean(1, 2.0)) and high == pytest.approx(mean(0, 0.5)) and len(remove.collections) == 2
     assert not any(axis.collections for axis in sweep_figure(result).axes), "one training has no span"
+    with pytest.raises(UsageError, match="at least one place"): sweep(made, Forger(), scan, PLACES[:0])
     with pytest.raises(UsageError, match="same values"): sweep(made, Forger(), scan, PLACES, repeats=[{0.5: Checks()}])
 
 

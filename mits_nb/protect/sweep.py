@@ -405,7 +405,8 @@ def sweep(
     repeats: list[dict[float, Any]] = (), # The same values, trained with other seeds: their figures are kept, not their pictures
 ) -> Sweep:
     "Measure every protector at every place, with every cleaning and action, and keep the pictures. Raises `UsageError`, `PlaceError`."
-    if not protectors or len(places) == 0: raise UsageError(f"a sweep needs protectors and places: {len(protectors)} and {len(places)} were given (protectors as a dictionary value -> protector)")
+    if not protectors: raise UsageError("a sweep needs at least one protector: give a dictionary value -> protector")
+    if len(places) == 0: raise UsageError("a sweep needs at least one place: give voxels (z, y, x)")
     values, cleanings = [float(v) for v in protectors], pick_cleanings(cleanings)
     if any([float(v) for v in again] != values for again in repeats): raise UsageError(f"every repeat of a sweep needs the same values in the same order: {', '.join(f'{v:g}' for v in values)}")
     places = [[int(round(float(v))) for v in at] for at in places]
