@@ -714,9 +714,10 @@ def wire_viewer(
     def new_panes(_):
         viewer.panes = as_panes(viewer.panes)
         shape, held, viewer._held = viewer.panes[0].scan.shape, viewer._held, True
-        if viewer.at is not None and not all(c < n for c, n in zip(viewer.at, shape)): viewer.at = None # another volume
-        if controls["slice"].max != shape[PLANES[viewer.plane][0]] - 1: fit_slider(viewer)
-        viewer._held = held
+        try:
+            if viewer.at is not None and not all(c < n for c, n in zip(viewer.at, shape)): viewer.at = None # another volume
+            if controls["slice"].max != shape[PLANES[viewer.plane][0]] - 1: fit_slider(viewer)
+        finally: viewer._held = held
         viewer.redraw()
     viewer.observe(show_window, "window")
     controls["window"].observe(choose_window, "value")
