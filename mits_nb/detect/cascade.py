@@ -69,7 +69,7 @@ def reach_of(
 def with_neighbours(
     heatmaps: np.ndarray, # (z, rows, columns), 0..1; 0 outside the circle
     spacing_z: float, # Distance between slices, mm
-    depth_mm: float = 7.5, # Depth of tissue that counts, the slice in the middle; 0: each slice alone, as published
+    depth_mm: float = 12.5, # Depth of tissue that counts, the slice in the middle; 0: each slice alone, as published
 ) -> np.ndarray: # float32 (z, rows, columns)
     "Mean log-odds of each cell over neighbouring slices, as a probability (Eq. 2)."
     from scipy.ndimage import uniform_filter1d
@@ -92,7 +92,7 @@ class CascadeConfig:
     threshold: float = .5 # Of a slice's probability
     hot: float = .5 # Of a window's probability, from which it belongs to a region
     sure: float = .85 # Of a region's score, from which it is reported
-    presets: ClassVar[dict[str, dict]] = {"tiny": dict(levels=16, components=8, log_counts=True, floor=.5, depth_mm=7.5, hot=.6, sure=.8), "full": {}}
+    presets: ClassVar[dict[str, dict]] = {"tiny": dict(levels=16, components=8, log_counts=True, floor=.2, depth_mm=12.5, hot=.6, sure=.8), "full": {}}
 
 # %% ../../nbs/17_detect.cascade.ipynb #f146e133
 def slice_features(
