@@ -19,7 +19,7 @@ from mits_nb.attack.ctgan import CTGAN, HELD_OUT
 from mits_nb.core import UsageError, from_preset, read_json, rng, versions, weights_path, write_json
 from mits_nb.data import development_scans, lung_places
 from mits_nb.detect.cnn import CLEAN, FORGED, PAIRED, DetectorConfig, PatchSet, cut_patch
-from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, beside_paper, cyclegan_patches, cyclegan_set, fingerprint, row_cascade, scan_row, table_rows
+from mits_nb.detect.rivals import CYCLEGAN, ROWS, TABLE1, TABLE2, TABLE3, CycleNet, TablesConfig, ablation, beside_paper, cyclegan_patches, cyclegan_set, fingerprint, honest_volumes, row_cascade, scan_row, table_rows
 from mits_nb.detect.training import (ForgedSlices, OneKind, Source, TrainingConfig, build_patches, forged_slices, load_patches, load_slices, phantom_source, read_set, real_sources, save_patches, save_slices,
                                      set_slices, slice_patches)
 from mits_nb.detect.windows import window_centres
@@ -87,14 +87,6 @@ def quick_sets(out):
     _, test = miniature(range(60, 62), 6)
     write_sets(out / "sets", patches, slices, test)
     return out / "sets"
-
-
-def honest_volumes(slices):
-    "The unforged slices, scan by scan and size by size: what the CycleGAN set is made from."
-    groups = {}
-    for hu, forged, scan in zip(slices.hu, slices.tampered, slices.scan):
-        if not forged: groups.setdefault((int(scan), hu.shape), []).append(hu)
-    return [np.stack(group) for group in groups.values()]
 
 
 def sets_of(name, patches, slices, test, memory):

@@ -10,8 +10,8 @@ __all__ = ['log', 'STORE', 'FITS', 'WEIGHTS', 'SCORES', 'ATTACKERS', 'PROTECTION
            'protection_pictures', 'figure_6', 'figure_7', 'slice_rows', 'cycle_rows', 'score_cells', 'stored_cells',
            'detector_table', 'whole_tests', 'forged_whole', 'whole_scan', 'scan_table', 'figure_4', 'figure_8',
            'training_curves', 'SoapFilm', 'CopyMove', 'forger_of', 'protected_by', 'cleaned_scan', 'Judge', 'judges_of',
-           'detector_folders', 'honest_round', 'known_maps', 'arena_round', 'rate_above', 'arena_cells', 'headline',
-           'findings', 'table_cells', 'stored_rows', 'lpips_backbone', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run',
+           'detector_folders', 'honest_round', 'known_maps', 'arena_round', 'arena_cells', 'headline', 'findings',
+           'table_cells', 'stored_rows', 'lpips_backbone', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run',
            'TrainingSets', 'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour',
            'colour_range', 'gains_view', 'alarms_view', 'judges_view', 'tables_page', 'evaluate', 'arena_run_on',
            'paint_matrix', 'arena_sentence', 'ArenaExplorer', 'mixed_units', 'paint_bars', 'AblationExplorer',
@@ -939,23 +939,13 @@ def arena_round(
         rows.append({"at": at, "action": action, **{k: damage[k] for k in ("unprotected_db", "protected_db", "lost_db", "square_ssim", "lesion", "lesion_unprotected")}, "scores": scores, "called": score_at(reported, scan.voxel_to_world(at)) > 0, "f1": found["f1"]})
     return {"rows": rows}
 
-# %% ../nbs/20_evaluate.ipynb #f7575ef6
-def rate_above(
-    forged: np.ndarray, # Scores of forged places
-    honest: np.ndarray, # Scores of plain honest places
-    fa: float = .01, # False alarms that are allowed
-) -> np.ndarray: # bool, one for each forged place: found?
-    "Which forged places lie above the threshold that plain honest places set (chapter 4, Eq. 10)."
-    allowed = int(math.floor(fa * len(honest) + 1e-9))
-    return np.asarray(forged) > np.sort(honest)[::-1][min(allowed, len(honest) - 1)]
-
 # %% ../nbs/20_evaluate.ipynb #c1807cec
 def arena_cells(
     got: dict[str, dict], # "arena/<attacker>/<protection>/<scan>" and "honest/<protection>/<scan>"
     resamples: int = 1000, # Of the intervals
 ) -> list[dict]: # One for each attacker and protection: figures with n, patients, and the interval of Pd
     "Every pair of attacker and protection, over all scans and places."
-    from mits_nb.metrics import roc_auc
+    from mits_nb.metrics import roc_auc, threshold_at_fa
     from mits_nb.protect.sweep import patient_interval
     out = []
     honest = lambda protection, judge: np.array([s for k, v in got.items() if k.startswith(f"honest/{protection}/") for s in v["scores"][judge]])
@@ -970,7 +960,7 @@ def arena_cells(
                 "ssim": mean([r["square_ssim"] for r, _ in rows]), "lesion_gone": mean(met), "called": mean([float(r["called"]) for r, _ in rows]), "f1": mean([r["f1"] for r, _ in rows]), "detectors": {}}
         for judge in rows[0][0]["scores"]:
             scores, against = np.array([r["scores"][judge] for r, _ in rows]), honest(protection, judge)
-            found = rate_above(scores, honest("none", judge))
+            found = scores > threshold_at_fa(honest("none", judge))
             ci = patient_interval(found.astype(float), patients, resamples=resamples)
             cell["detectors"][judge] = {"auc": round(roc_auc(np.r_[scores, against], np.r_[np.ones(len(scores)), np.zeros(len(against))] > 0), 4), "pd": round(ci["value"], 4), "low": round(ci["low"], 4), "high": round(ci["high"], 4), "honest": len(against)}
         out.append(cell)
@@ -1185,15 +1175,10 @@ class TrainingSets:
 
     def of(self, row: str) -> tuple: # Patches, slices for the second stage, slices for the test
         "What a row learns from and is tested on."
-        from mits_nb.detect.rivals import ROWS, cyclegan_patches, cyclegan_set
+        from mits_nb.detect.rivals import ROWS, cyclegan_patches, cyclegan_set, honest_volumes
         second, test = self.slices("second"), self.slices("test")
         if row != "CycleGAN": return self.patches(ROWS[row].action) if not ROWS[row].whole else None, second, test
-        def denoised(slices, seed):
-            groups = {}
-            for hu, forged, scan in zip(slices.hu, slices.tampered, slices.scan):
-                if not forged: groups.setdefault((int(scan), hu.shape), []).append(hu)
-            return cyclegan_set([np.stack(g) for g in groups.values()], self.bench.model("cyclegan"), seed)
-        if "cycle" not in self.made: self.made["cycle"] = denoised(second, 0), denoised(test, 1)
+        if "cycle" not in self.made: self.made["cycle"] = [cyclegan_set(honest_volumes(s), self.bench.model("cyclegan"), seed) for seed, s in enumerate((second, test))]
         return cyclegan_patches(self.made["cycle"][0], 10), *self.made["cycle"]
 
 # %% ../nbs/20_evaluate.ipynb #3e8d43df

@@ -6,8 +6,8 @@
 __all__ = ['log', 'BACKBONE', 'BACKBONE_SHA256', 'NO_BACKBONE', 'BAD_BACKBONE', 'TOO_SMALL', 'NOT_ASKED', 'CUTS',
            'squared_error_map', 'rmse', 'psnr', 'ssim_map', 'ssim', 'lung_window_image', 'lpips_backbone', 'lpips_map',
            'lpips', 'lpips_distance', 'square', 'box_mask', 'ring', 'hu_range', 'fidelity', 'fidelity_by_region',
-           'confusion', 'classification', 'roc_curve', 'roc_auc', 'pd_at_fa', 'localisation', 'iou', 'match_regions',
-           'bootstrap_ci']
+           'confusion', 'classification', 'roc_curve', 'roc_auc', 'threshold_at_fa', 'pd_at_fa', 'localisation', 'iou',
+           'match_regions', 'bootstrap_ci']
 
 # %% ../nbs/04_metrics.ipynb #d30bc2fc
 import functools, hashlib, importlib.util, logging, math, os, warnings
@@ -525,6 +525,18 @@ def roc_auc(
     ranks = rankdata(np.r_[pos, neg])[:len(pos)]
     return float((ranks.sum() - len(pos) * (len(pos) + 1) / 2) / (len(pos) * len(neg)))
 
+# %% ../nbs/04_metrics.ipynb #3b2af628
+def threshold_at_fa(
+    honest: Any, # Scores of real cases, higher = more suspicious
+    fa: float = 0.01, # Share of them that may be called tampered
+) -> float: # A case is called tampered if it scores more than this; minus infinity where every real case may be
+    "The lowest threshold that keeps false alarms at or below `fa`. Raises `UsageError`."
+    honest = np.asarray(honest)
+    if not 0 <= fa <= 1: raise UsageError(f"a false-alarm rate lies between 0 and 1, not {fa}")
+    if not len(honest): raise UsageError("no real case given: without one there is no false-alarm rate")
+    allowed = int(math.floor(fa * len(honest) + 1e-9))
+    return float(np.sort(honest)[::-1][allowed]) if allowed < len(honest) else -math.inf
+
 # %% ../nbs/04_metrics.ipynb #bb5a7fb7
 def pd_at_fa(
     scores: Any, # One number per case, higher = more suspicious
@@ -533,10 +545,7 @@ def pd_at_fa(
 ) -> float: # Share of tampered cases found
     "Probability of detection at a false-alarm rate: the best threshold that keeps false alarms at or below `fa` (Eq. 10). Raises `UsageError`."
     pos, neg = _two_classes(scores, truth)
-    if not 0 <= fa <= 1: raise UsageError(f"a false-alarm rate lies between 0 and 1, not {fa}")
-    allowed = int(math.floor(fa * len(neg) + 1e-9))
-    if allowed >= len(neg): return 1.0
-    return float((pos > np.sort(neg)[::-1][allowed]).mean())
+    return float((pos > threshold_at_fa(neg, fa)).mean())
 
 # %% ../nbs/04_metrics.ipynb #bcbb10bb
 def localisation(

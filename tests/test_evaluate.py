@@ -315,11 +315,6 @@ def test_views_of_gains_and_alarms():
     assert alarms["rows"][0][:3] == ["none", "5.0 %", ""] and alarms["rows"][1][1] == "15.0 %" and alarms["rows"][1][3:] == ["40 / 2", "2"]
 
 
-def test_the_threshold_comes_from_plain_honest_scans():
-    assert ev.rate_above(np.array([.4, .6]), np.r_[np.zeros(99), .5]).tolist() == [True, True]
-    assert ev.rate_above(np.array([.4, .6]), np.r_[np.zeros(98), .5]).tolist() == [False, True]
-
-
 def test_unknown_names_in_the_arena():
     bench = ev.Bench(from_preset(ev.EvaluateConfig, "tiny"), [])
     with pytest.raises(UsageError, match="knows no 'diffusion'"): ev.arena_run(bench, ["diffusion"])

@@ -640,6 +640,14 @@ def test_bad_false_alarm_rate(fa):
     with pytest.raises(UsageError): metrics.pd_at_fa([1, 2], [0, 1], fa)
 
 
+def test_threshold_of_false_alarms():
+    assert metrics.threshold_at_fa(np.r_[np.zeros(99), .5]) == 0  # one of a hundred may alarm
+    assert metrics.threshold_at_fa(np.r_[np.zeros(98), .5]) == .5  # 0.99 of a case may not
+    assert metrics.threshold_at_fa([1, 2, 3], 1.) == -np.inf and metrics.threshold_at_fa([3, 1, 2], 0.) == 3
+    for bad in (([], .01), ([1.], 2.), ([1.], -.1)):
+        with pytest.raises(UsageError): metrics.threshold_at_fa(*bad)
+
+
 def test_iou():
     a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
     assert metrics.iou(a, b) == 1

@@ -8,7 +8,8 @@ __all__ = ['log', 'TABLE1', 'TABLE2', 'TABLE3', 'TABLE4', 'TABLE4_REGIONS', 'CYC
            'TablesConfig', 'new_net', 'fingerprint', 'first_stage', 'slice_maps', 'whole_probability', 'row_cascade',
            'row_scores', 'ablation', 'table_rows', 'beside_paper', 'scan_row', 'stored_tables', 'add_noise', 'CycleNet',
            'CycleConfig', 'CycleTask', 'draw_piles', 'train_cyclegan', 'clean_slices', 'denoising_gain', 'cycle_card',
-           'cyclegan_set', 'cyclegan_patches', 'make_denoised', 'forge_sets', 'CycleInpainter', 'CycleForger']
+           'cyclegan_set', 'honest_volumes', 'cyclegan_patches', 'make_denoised', 'forge_sets', 'CycleInpainter',
+           'CycleForger']
 
 # %% ../../nbs/19_detect.rivals.ipynb #b2b152ea
 import functools, hashlib, json, logging, math, shutil, time
@@ -699,6 +700,16 @@ def cyclegan_set(
         number += [i] * 2 * len(volume)
     forged = np.arange(len(hu)) % 2 == 0
     return ForgedSlices(hu=hu, tampered=forged, scan=np.array(number), action=np.where(forged, "denoise", ""))
+
+# %% ../../nbs/19_detect.rivals.ipynb #65ba419b
+def honest_volumes(
+    slices: ForgedSlices, # Slices with their truth
+) -> list[np.ndarray]: # HU (z, y, x) each, for `cyclegan_set`
+    "The unforged slices, scan by scan and size by size."
+    groups = {}
+    for hu, forged, scan in zip(slices.hu, slices.tampered, slices.scan):
+        if not forged: groups.setdefault((int(scan), hu.shape), []).append(hu)
+    return [np.stack(group) for group in groups.values()]
 
 # %% ../../nbs/19_detect.rivals.ipynb #9b50af82
 def cyclegan_patches(
