@@ -24,13 +24,13 @@ def spot(y=40, x=70, shape=(121, 121), wide=30.):
 # --- neighbouring slices ---
 
 @pytest.mark.parametrize("dz, reach", [(.6, 6), (1., 3), (1.25, 3), (2.5, 1), (-2.5, 1), (5., 0), (10., 0)])
-def test_neighbours_within_a_depth(dz, reach): assert reach_of(dz, 7.5) == reach and reach_of(dz, 0.) == 0
+def test_neighbours_within_a_depth(dz, reach): assert reach_of(dz, 7.5) == reach and reach_of(dz, 0.) == 0 and from_preset(CascadeConfig, "tiny").depth_mm == 12.5
 
 
 def test_neighbours_are_averaged_as_log_odds():
     p = np.full((5, 2, 2), .5, np.float32)
     p[2, 0, 0], p[:, 1, 1] = .9, 0. # one doubt; a cell outside the circle
-    joined = with_neighbours(p, 2.5)
+    joined = with_neighbours(p, 2.5, 7.5)
     assert np.allclose(joined[:, 0, 0], [.5, *[9 ** (1 / 3) / (1 + 9 ** (1 / 3))] * 3, .5], atol=1e-6)
     assert (joined[:, 1, 1] == 0).all() and np.allclose(joined[:, 0, 1], .5) and joined.dtype == np.float32
     sure = np.array([1., 0., 1.], np.float32)[:, None, None] * np.ones((3, 1, 1), np.float32)
@@ -39,7 +39,7 @@ def test_neighbours_are_averaged_as_log_odds():
 
 def test_thick_slices_single_slices_and_the_published_way_stay_as_they_are():
     p = np.random.default_rng(0).random((4, 3, 3)).astype(np.float32)
-    assert with_neighbours(p, 5.) is p and with_neighbours(p, 1., 0.) is p and with_neighbours(p[:1], 1.) is not None
+    assert with_neighbours(p, 5., 7.5) is p and with_neighbours(p, 7.) is p and with_neighbours(p, 1., 0.) is p and with_neighbours(p[:1], 1.) is not None
     assert np.array_equal(with_neighbours(p[:1], 1.), p[:1])
 
 
