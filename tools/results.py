@@ -28,7 +28,7 @@ SHIPPED = {
 ATTACK = "MITS_DATA=scans python benchmarks/attack_quality.py --leave-one-out FOLDER --out mits_nb/weights/ctgan-tiny/leave_one_out.json"
 PROTECT = "MITS_DATA=scans python benchmarks/protection.py --weights mitsgan-tiny mitsgan-robust-tiny mitsgan-released-tiny --out protection.json\nMITS_DATA=scans python benchmarks/protection.py --leave-one-out FOLDER --out left-out.json\npython benchmarks/protection.py --report protection.json left-out.json --store mits_nb/weights/mitsgan-tiny/protection.json"
 DETECT = ("MITS_DATA=scans python benchmarks/detection.py --scans real --unseen NAME=FOLDER ... --out real.json\n"
-          "python benchmarks/detection.py --scans phantom --places 6 --rounds 3 --unseen NAME=FOLDER ... --out phantom.json\n"
+          "python benchmarks/detection.py --scans phantom --places 6 --unseen NAME=FOLDER ... --out phantom.json\n"
           "python benchmarks/detection.py --report real.json phantom.json --store mits_nb/weights/cascade-tiny/detection.json")
 TABLES = "MITS_DATA=scans python benchmarks/detector_tables.py --make --sets SETS --out RESULTS --store cascade-tiny"
 EVALUATE = "mits_tables --data {data} --out outputs/tables\npython benchmarks/arena.py --data {data} --out outputs/arena --tables outputs/tables --store arena-tiny"
@@ -196,7 +196,7 @@ def detection() -> str | None:
     if found is None:
         return None
     low_high = {"low": "95 %, from", "high": "to"}
-    parts = [stale(found.get("weights", {})) + records([{**r, "name": f"{r['group']}, {r['condition']}"} for r in found["slices"]], {"name": "scans, forger", **SCORES, **low_high})]
+    parts = [stale(found.get("weights", {})) + records([{**r, "slices": int(r["slices"]), "name": f"{r['group']}, {r['condition']}"} for r in found["slices"]], {"name": "scans, forger", **SCORES, **low_high})]
     regions = {"group": "scans", "places": "forged places", "pd_at_1_percent": "Pd at 1 % false alarms", "same_places_before": "the same places before forging", "auc": "AUC", "region_f1": "F1 of regions", "voxel_f1": "F1 of voxels", "distance_mm": "distance, mm", **low_high}
     parts.append("Regions:\n\n" + records(found["regions"], regions))
     if found.get("controls"):

@@ -335,7 +335,7 @@ def note_slices(
 def slice_truth(
     scan: Scan, # A scan with its history
 ) -> np.ndarray: # bool (z,): True for slices that a forgery touches
-    "What is known about a scan that we forged ourselves: slices where at least half of the forgery's weight arrives (chapter 14, Eq. 5)."
+    "What is known about a scan that we forged ourselves: slices where at least half of the forgery's weight arrives. Chapter 14's Eq. 5, with the inner half of the faded rim counted, too."
     truth = np.zeros(scan.shape[0], bool)
     for note in scan.history:
         if note.get("kind") == "forged": truth[list(note_slices(note, scan))] = True
@@ -743,7 +743,7 @@ def window_picture(
     size: int = 192, # Pixels of the longer side
     level: tuple = LUNG, # (level, width), HU
 ) -> np.ndarray: # uint8 (height, width)
-    "One 32 x 32 window, enlarged: all that the first stage sees when it gives its probability."
+    "One 32 x 32 window, enlarged: what the first stage sees window by window. A dense map also knows some 30 pixels around it (chapter 16), and a report's heatmap the neighbouring slices."
     from mits_nb.viewer import look, paint
     y, x = centre
     cut = hu[z:z + 1, y - 16:y + 16, x - 16:x + 16]

@@ -62,7 +62,7 @@ def dense_heatmaps(
     batch: int | None = None, # Slices per pass; None: one on a CPU, eight on a GPU
     show_progress: bool = False, # A bar when it takes longer than two seconds
 ) -> np.ndarray: # float32 (z, rows, columns), all cells, also outside the circle
-    "All windows of each slice in one pass. Sizes that are not multiples of 4 are filled up to the right and below, where no window looks; slices that end in tissue are continued on all sides."
+    "All windows of each slice in one pass. Sizes that are not multiples of 4 are filled up with air to the right and below, beyond the last window of the grid; slices that end in tissue are continued on all sides."
     device = next(net.parameters()).device
     compute = pick_compute(str(device))
     net = folded(net).to(dtype=compute.dtype, memory_format=torch.channels_last)

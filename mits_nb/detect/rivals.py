@@ -67,7 +67,7 @@ def slide(
     step: int = 1, # Ask every `step`-th window of the grid along both axes; cells between take the nearest answer
     batch: int = 512, # Windows per pass
 ) -> Tensor: # (B, 2, rows, columns) of the grid of stride 4
-    "Every window of a slice, each cut out and asked by itself. Exact for step 1, an approximation of 4 `step` pixels otherwise. Raises `UsageError`, `DetectError`."
+    "Every window of a slice, each cut out and asked by itself. Exact for step 1; otherwise a cell takes the answer of a window up to 4 (`step` // 2) pixels away along each axis, or up to 4 (`step` - 1) at the far edge. Raises `UsageError`, `DetectError`."
     if step < 1: raise UsageError(f"step {step} asks no window: use 1 for all of them, 2 or 4 to save time")
     rows, columns = grid_shape(hu.shape[2:])
     windows = hu.unfold(2, 32, 4 * step).unfold(3, 32, 4 * step) # (B, 1, r, c, 32, 32), a view
@@ -276,7 +276,7 @@ class TablesConfig:
     first: dict = field(default_factory=dict) # Overrides of `DetectorConfig`
     second: dict = field(default_factory=dict) # Overrides of `CascadeConfig`
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": dict(preset="tiny", width=.25, size="tiny", step=4, slice_steps=120, slice_batch=4, slice_lr=2e-3, first=dict(steps=600, decay_every=30)), # an eighth of the shipped training: rows are compared with each other
+        "tiny": dict(preset="tiny", width=.25, size="tiny", step=4, slice_steps=120, slice_batch=4, slice_lr=2e-3, first=dict(steps=600, decay_every=30)), # a seventh of the first lesson of the shipped training: rows are compared with each other
         "full": {}}
 
     @property
@@ -405,7 +405,7 @@ def ablation(
     config: TablesConfig | str = "tiny", # Sizes and settings, or a preset
     out: str | Path | None = None, # Folder for results and networks; None keeps none
     show_progress: bool = True, # Bars
-) -> dict: # row, seed, scores, probability, tampered, scan, parameters, step, seconds, settings
+) -> dict: # row, seed, scores, probability, tampered, scan, action (one for each slice), parameters, step, second_stage, seconds, settings
     "Train and test one row of the tables, or read it where it was made already. Raises `UsageError` for an unknown row, `TrainError`, `OutputError`."
     if name not in ROWS: raise UsageError(f"no row {name!r}: use one of {', '.join(ROWS)}")
     row, config = ROWS[name], from_preset(TablesConfig, config) if isinstance(config, str) else config
@@ -483,7 +483,7 @@ def scan_row(
     cascade: Cascade, # With any network as first stage
     scan: Scan, # With its history, if it was forged
     tampered: np.ndarray | None = None, # bool (z,): truth of each slice; None reads it from the history
-) -> dict: # tp, tn, fp, fn, accuracy, precision, recall, f1 of slices; "regions" with tp, fp, fn
+) -> dict: # tp, tn, fp, fn, accuracy, precision, recall, f1 of slices; "regions" with tp, fp, fn; "spacing" of the slices, mm
     "One line of the paper's Table 4: slices (2D) and regions (3D) of a whole scan."
     from mits_nb.metrics import classification, match_regions
     report = cascade.inspect(scan, show_progress=False)

@@ -79,7 +79,7 @@ def phantom_source(
     spacing: tuple = (2.5, .7, .7), # mm
     coarse: bool | None = None, # Pixels of twice the size? None: every fourth seed
 ) -> Source:
-    "One phantom. The field of view varies with the seed: pixels of 0.62 to 0.86 mm, and twice that on half the grid for coarse ones."
+    "One phantom. The field of view varies with the seed: pixels of 0.62 to 0.85 mm, and twice that on half the grid for coarse ones."
     from mits_nb.phantom import make_phantom
     if coarse is None: coarse = seed % 4 == 3
     zoom = float(rng(seed, "field of view").uniform(.88, 1.22)) * (2 if coarse else 1)
