@@ -9,13 +9,13 @@ __all__ = ['log', 'STORE', 'FITS', 'WEIGHTS', 'SCORES', 'ATTACKERS', 'PROTECTION
            'forged_places', 'protection_rows', 'cell_of', 'fidelity_table', 'scaled_rows', 'sweep_rows', 'alpha_table',
            'protection_pictures', 'figure_6', 'figure_7', 'slice_rows', 'cycle_rows', 'score_cells', 'stored_cells',
            'detector_table', 'whole_tests', 'forged_whole', 'whole_scan', 'scan_table', 'figure_4', 'figure_8',
-           'training_curves', 'SoapFilm', 'CopyMove', 'forger_of', 'protected_by', 'cleaned_scan', 'Judge', 'judges_of',
-           'detector_folders', 'honest_round', 'known_maps', 'arena_round', 'arena_cells', 'headline', 'findings',
-           'table_cells', 'stored_rows', 'lpips_backbone', 'alpha_cell', 'scan_cells', 'drawn', 'arena_run',
-           'TrainingSets', 'training_cells', 'figures_text', 'table_view', 'arena_value', 'arena_matrix', 'heat_colour',
-           'colour_range', 'gains_view', 'alarms_view', 'judges_view', 'tables_page', 'evaluate', 'arena_run_on',
-           'paint_matrix', 'arena_sentence', 'ArenaExplorer', 'mixed_units', 'paint_bars', 'AblationExplorer',
-           'stored_arena']
+           'training_curves', 'SoapFilm', 'CopyMove', 'forger_of', 'protected_by', 'cleaned_scan', 'cleaned_of',
+           'Judge', 'judges_of', 'detector_folders', 'honest_round', 'known_maps', 'arena_round', 'arena_cells',
+           'headline', 'span_of', 'findings', 'table_cells', 'stored_rows', 'lpips_backbone', 'alpha_cell',
+           'scan_cells', 'drawn', 'arena_run', 'TrainingSets', 'training_cells', 'figures_text', 'table_view',
+           'arena_value', 'arena_matrix', 'heat_colour', 'colour_range', 'gains_view', 'alarms_view', 'judges_view',
+           'tables_page', 'evaluate', 'arena_run_on', 'paint_matrix', 'arena_sentence', 'ArenaExplorer', 'mixed_units',
+           'paint_bars', 'AblationExplorer', 'stored_arena']
 
 # %% ../nbs/20_evaluate.ipynb #70912f1d
 import base64, copy, functools, glob, hashlib, html, json, logging, math
@@ -103,7 +103,7 @@ class CellStore:
         self,
         out: str | Path, # Cells go to `out/cells`
     ):
-        self.folder, self.done, self.computed = Path(out) / "cells", {}, [] # done: name -> (result, hash); computed: names, in this run
+        self.folder, self.done, self.read_from, self.computed = Path(out) / "cells", {}, {}, [] # done: name -> (result, hash); read_from: name -> file; computed: names, in this run
         mark = self.folder / "store.json"
         if not mark.is_file():
             if self.folder.is_dir() and any(self.folder.glob("*.json")): raise DataError(f"{self.folder} was not made by this program (it has no store.json): choose another folder with --out")
@@ -122,9 +122,9 @@ class CellStore:
         bar: Any = None, # A progress bar that counts seconds of cost
     ) -> Any: # The result
         "Read the cell, or compute and keep it."
-        if cell.name not in self.done:
-            for need in cell.needs: self.get(need, bar)
-            file, found = self.file(cell), None
+        for need in cell.needs: self.get(need, bar)
+        file, found = self.file(cell), None
+        if self.read_from.get(cell.name) != file: # a name alone says nothing about the settings
             if file.is_file():
                 try: found = read_cell(file)
                 except DataError as error: log.warning("%s: %s is computed again", error, cell.name)
@@ -135,7 +135,7 @@ class CellStore:
                 found = write_cell(file, cell, cell.run({c.name: self.done[c.name][0] for c in cell.needs}))
                 self.computed.append(cell.name)
                 if bar is not None: bar.update(cell.cost)
-            self.done[cell.name] = found
+            self.done[cell.name], self.read_from[cell.name] = found, file
         return self.done[cell.name][0]
 
     def compute(
@@ -182,7 +182,7 @@ class EvaluateConfig:
     slices: int = 5 # Slices of each of those; paper 5
     cycle_slices: int = 16 # Slices per scan that pass through the CycleGAN
     arena_places: int = 12 # Forged places per scan, attacker and protection
-    honest_places: int = 200 # Unforged places per scan that set the threshold
+    honest_places: int = 200 # Unforged places per scan that set the threshold (fewer where the lung has not as many)
     pgd_steps: int = 40 # Of the ceiling
     resamples: int = 2000 # Of the bootstrap
     seed: int = 0 # Of places, protections and touch-up
@@ -812,6 +812,16 @@ def cleaned_scan(
     hu = CLEANING_TESTS[cleaning](torch.from_numpy(scan.hu.astype(np.float32)), tuple(map(float, scan.spacing)), torch_rng(seed, "arena", cleaning))
     return scan.with_hu(np.where(scan.hu <= -1000, scan.hu, hu.detach().round().numpy()).astype(scan.hu.dtype))
 
+# %% ../nbs/20_evaluate.ipynb #b1857628
+def cleaned_of(
+    bench: Bench, # Keeps it for the scan at hand
+    name: str, # Of the scan
+    protection: str, # One of `PROTECTIONS`
+    cleaning: str, # Name of `CLEANING_TESTS`, or "nothing"
+): # `Scan`
+    "The scan as a forger finds it: protected, then cleaned by him."
+    return bench.keep(name, ("cleaned", cleaning, protection), lambda: cleaned_scan(protected_by(bench, name, protection), cleaning))
+
 # %% ../nbs/20_evaluate.ipynb #93cf8dbe
 @dataclass(frozen=True)
 class Judge:
@@ -885,16 +895,23 @@ def honest_round(
     judges: list[Judge], # Detectors
     name: str, # Of the scan
     protection: str, # One of `PROTECTIONS`
+    cleaning: str = "nothing", # What is done to the whole scan afterwards, as a forger would (`ATTACKERS`)
 ) -> dict: # slices_called, slices, regions (of the cascade); scores: judge -> one for each honest place
-    "A whole scan that nobody has forged, protected: what do the detectors say?"
+    "A whole scan that nobody has forged, protected and cleaned: what do the detectors say?"
+    from mits_nb.detect.cascade import with_neighbours
     from mits_nb.detect.training import lung_candidates
-    source, twin = bench.source(name), protected_by(bench, name, protection)
-    places = lung_candidates(source.scan, source.mask, 3)[:bench.config.honest_places]
+    source, cascade, out = bench.source(name), bench.model("cascade"), {}
+    scan = cleaned_of(bench, name, protection, cleaning)
+    places = lung_candidates(source.scan, source.mask, 3, bench.config.honest_places)
     if protection == "PGD": places = np.array([at for _, at in forged_places(bench, name, bench.config.arena_places)]) # it changes nothing elsewhere
-    report, scores = bench.model("cascade").inspect(twin, False), {}
+    scores = {}
     for judge in judges:
-        scores[judge.name] = judge.look(twin, [tuple(map(int, at)) for at in places], known_maps(bench, judge, name, protection, "nothing", twin))[0]
-    return {"slices_called": sum(s["tampered"] for s in report.slices), "slices": len(report.slices), "regions": len(report.regions), "scores": scores}
+        maps = known_maps(bench, judge, name, protection, cleaning, scan)
+        scores[judge.name], regions = judge.look(scan, [tuple(map(int, at)) for at in places], maps)
+        if judge.name == "cascade":
+            called = cascade.slice_probability(with_neighbours(maps, scan.spacing[0], judge.depth_mm)) >= cascade.config.threshold
+            out = {"slices_called": int(called.sum()), "slices": len(called), "regions": len(regions)}
+    return out | {"scores": scores}
 
 # %% ../nbs/20_evaluate.ipynb #e9e4f60a
 def known_maps(
@@ -923,8 +940,7 @@ def arena_round(
     from mits_nb.protect.sweep import Forgery, forgery_row
     kind, cleaning = ATTACKERS[attacker]
     scan, twin, forger, rows = bench.source(name).scan, protected_by(bench, name, protection), forger_of(bench, name, kind), []
-    start = bench.keep(name, ("cleaned", cleaning), lambda: cleaned_scan(scan, cleaning))
-    cleaned = start if protection == "none" else bench.keep(name, ("cleaned", cleaning, protection), lambda: cleaned_scan(twin, cleaning))
+    start, cleaned = (cleaned_of(bench, name, p, cleaning) for p in ("none", protection))
     for i, (action, at) in enumerate(forged_places(bench, name, bench.config.arena_places)):
         forged = forger.tamper(cleaned, at, action, seed=bench.config.seed + i)
         goal = forged if protection == "none" else forger.tamper(start, at, action, seed=bench.config.seed + i)
@@ -941,14 +957,14 @@ def arena_round(
 
 # %% ../nbs/20_evaluate.ipynb #c1807cec
 def arena_cells(
-    got: dict[str, dict], # "arena/<attacker>/<protection>/<scan>" and "honest/<protection>/<scan>"
+    got: dict[str, dict], # "arena/<attacker>/<protection>/<scan>" and "honest/<protection>/<cleaning>/<scan>"
     resamples: int = 1000, # Of the intervals
 ) -> list[dict]: # One for each attacker and protection: figures with n, patients, and the interval of Pd
     "Every pair of attacker and protection, over all scans and places."
     from mits_nb.metrics import roc_auc, threshold_at_fa
     from mits_nb.protect.sweep import patient_interval
     out = []
-    honest = lambda protection, judge: np.array([s for k, v in got.items() if k.startswith(f"honest/{protection}/") for s in v["scores"][judge]])
+    honest = lambda protection, cleaning, judge: np.array([s for k, v in got.items() if k.startswith(f"honest/{protection}/{cleaning}/") for s in v["scores"][judge]])
     for attacker, protection in dict.fromkeys(tuple(k.split("/")[1:3]) for k in got if k.startswith("arena/")):
         rows = [(r, k.split("/")[-1]) for k, v in got.items() if k.startswith(f"arena/{attacker}/{protection}/") for r in v["rows"]]
         patients = [p for _, p in rows]
@@ -959,10 +975,10 @@ def arena_cells(
         cell = {"attacker": attacker, "protection": protection, "n": len(rows), "patients": len(set(patients)), "forged_db": mean([r["protected_db"] for r, _ in rows]), "lost_db": mean([r["lost_db"] for r, _ in rows]),
                 "ssim": mean([r["square_ssim"] for r, _ in rows]), "lesion_gone": mean(met), "called": mean([float(r["called"]) for r, _ in rows]), "f1": mean([r["f1"] for r, _ in rows]), "detectors": {}}
         for judge in rows[0][0]["scores"]:
-            scores, against = np.array([r["scores"][judge] for r, _ in rows]), honest(protection, judge)
-            found = scores > threshold_at_fa(honest("none", judge))
+            scores, against, limit = np.array([r["scores"][judge] for r, _ in rows]), honest(protection, ATTACKERS[attacker][1], judge), threshold_at_fa(honest("none", "nothing", judge))
+            found = scores > limit
             ci = patient_interval(found.astype(float), patients, resamples=resamples)
-            cell["detectors"][judge] = {"auc": round(roc_auc(np.r_[scores, against], np.r_[np.ones(len(scores)), np.zeros(len(against))] > 0), 4), "pd": round(ci["value"], 4), "low": round(ci["low"], 4), "high": round(ci["high"], 4), "honest": len(against)}
+            cell["detectors"][judge] = {"auc": round(roc_auc(np.r_[scores, against], np.r_[np.ones(len(scores)), np.zeros(len(against))] > 0), 4), "pd": round(ci["value"], 4), "low": round(ci["low"], 4), "high": round(ci["high"], 4), "fa": round(float((against > limit).mean()), 4), "honest": len(against)}
         out.append(cell)
     return out
 
@@ -981,12 +997,20 @@ def headline(
                  for a, b in zip(v["rows"], got[k.replace(f"/{protection}/", "/none/", 1)]["rows"])]
         gains.append({"attacker": attacker, "protection": protection, "n": len(pairs), "patients": len({p for _, p in pairs}), **rounded(patient_interval([d for d, _ in pairs], [p for _, p in pairs], resamples=resamples))})
     for protection in dict.fromkeys(k.split("/")[1] for k in got if k.startswith("honest/")):
-        mine = {k.split("/")[-1]: v for k, v in got.items() if k.startswith(f"honest/{protection}/")}
+        mine = {k.split("/")[-1]: v for k, v in got.items() if k.startswith(f"honest/{protection}/nothing/")}
         share = {p: v["slices_called"] / v["slices"] for p, v in mine.items()}
-        plain_share = {p: got[f"honest/none/{p}"]["slices_called"] / got[f"honest/none/{p}"]["slices"] for p in mine}
+        plain_share = {p: got[f"honest/none/nothing/{p}"]["slices_called"] / got[f"honest/none/nothing/{p}"]["slices"] for p in mine}
         alarms.append({"protection": protection, "patients": len(mine), "slices": sum(v["slices"] for v in mine.values()), "share": round(float(np.mean(list(share.values()))), 4), "regions": sum(v["regions"] for v in mine.values()),
                        "difference": rounded(patient_interval([share[p] - plain_share[p] for p in mine], list(mine), resamples=resamples))})
     return {"gains": gains, "alarms": alarms}
+
+# %% ../nbs/20_evaluate.ipynb #1a3622de
+def span_of(
+    cell: dict, # From `arena_cells`
+) -> str: # "95 %: 31% to 81%"
+    "The interval of what the cascade finds; none where one patient stands for all."
+    d = cell["detectors"]["cascade"]
+    return f"95 %: {d['low']:.0%} to {d['high']:.0%}" if cell["patients"] > 1 else "one patient: no interval"
 
 # %% ../nbs/20_evaluate.ipynb #839305db
 def findings(
@@ -998,7 +1022,7 @@ def findings(
     protections = [p for p in dict.fromkeys(c["protection"] for c in cells) if p != "none"]
     said, points = [], lambda v: f"{100 * v:+.0f} points"
     base = of["plain", "none"] if ("plain", "none") in of else cells[0]
-    said.append(f"Unprotected scans, {base['attacker']} attacker: the cascade reports {base['called']:.0%} of {base['n']} forgeries; at 1 % false alarms it finds {base['detectors']['cascade']['pd']:.0%} (95 %: {base['detectors']['cascade']['low']:.0%} to {base['detectors']['cascade']['high']:.0%}).")
+    said.append(f"Unprotected scans, {base['attacker']} attacker: the cascade reports {base['called']:.0%} of {base['n']} forgeries; at 1 % false alarms it finds {base['detectors']['cascade']['pd']:.0%} ({span_of(base)}).")
     for g in answer["gains"]:
         if g["attacker"] == base["attacker"]:
             sure = "the interval excludes zero" if g["low"] > 0 or g["high"] < 0 else "the interval includes zero: no effect is shown"
@@ -1007,7 +1031,7 @@ def findings(
     others = [g for g in answer["gains"] if g["attacker"] != base["attacker"] and g["patients"] > 1]
     if others:
         clear = [f"{g['protection']} against {g['attacker']} ({points(g['value'])}, {points(g['low'])} to {points(g['high'])})" for g in others if g["low"] > 0 or g["high"] < 0]
-        said.append(f"Of the {len(others)} other pairs of attacker and protection, the interval excludes zero for {', '.join(clear) or 'none'}; chance alone would do that for about {round(len(others) / 20)}.")
+        said.append(f"Of the {len(others)} other pairs of attacker and protection, the interval excludes zero for {', '.join(clear) or 'none'}; an interval that kept its 95 % would do that by chance for about {round(len(others) / 20)}, and with so few patients it may be twice as many.")
     plain_share = next(a["share"] for a in answer["alarms"] if a["protection"] == "none")
     wrong = [a for a in answer["alarms"] if a["protection"] != "none" and abs(a["difference"]["value"]) > .02]
     said.append(f"Honest scans: the cascade calls {100 * plain_share:.1f} % of the plain slices tampered. " + ("Under no protection does that move by more than 2 points." if not wrong else
@@ -1134,7 +1158,8 @@ def arena_run(
         data = (bench.data_cell(name),)
         for p in protections:
             base = {"seed": c.seed, "places": c.arena_places, "detectors": others} | bench.uses("cascade", "attacker", *roles[p]) | ({"steps": c.pgd_steps} if p == "PGD" else {})
-            made.append(Cell(f"honest/{p}/{name}", lambda _, name=name, p=p: look(honest_round, name, p), base | {"honest_places": c.honest_places, "judged": judged}, data, 12.))
+            for cleaning in dict.fromkeys(["nothing"] + [ATTACKERS[a][1] for a in attackers]):
+                made.append(Cell(f"honest/{p}/{cleaning}/{name}", lambda _, name=name, p=p, cleaning=cleaning: look(honest_round, name, p, cleaning), base | {"honest_places": c.honest_places, "judged": judged}, data, 12.))
             for a in attackers: made.append(Cell(f"arena/{a}/{p}/{name}", lambda _, name=name, p=p, a=a: look(arena_round, name, a, p), base | {"attacker": list(ATTACKERS[a]), "judged": judged} | (bench.uses("attacker:zeros") if a == "other CT-GAN" else {}), data, c.arena_places * 2.))
     def sum_up(got):
         got = {k: v for k, v in got.items() if k.startswith(("arena/", "honest/"))}
@@ -1331,10 +1356,10 @@ def alarms_view(
 def judges_view(
     arena: dict, # Result of `arena_run`
 ) -> dict: # title, columns, rows: all text
-    "Every detector at the same places: AUC against honest places under the same protection, and the share found at 1 % false alarms on plain ones."
+    "Every detector at the same places: AUC against honest places under the same protection and filter, and the share found at 1 % false alarms on plain ones, of forged places and of those honest ones."
     judges, lines = list(arena["cells"][0]["detectors"]), arena["cells"]
-    rows = [[c["attacker"], c["protection"], f"{c['n']} / {c['patients']}", *(f"{c['detectors'][j]['auc']:.2f}, {c['detectors'][j]['pd']:.0%}" for j in judges)] for c in lines]
-    return {"title": "Every detector: AUC, and forgeries found at 1 % false alarms", "columns": ["attacker", "protection", "places / patients", *judges], "rows": rows}
+    rows = [[c["attacker"], c["protection"], f"{c['n']} / {c['patients']}", *(f"{c['detectors'][j]['auc']:.2f}, {c['detectors'][j]['pd']:.0%}, {c['detectors'][j]['fa']:.0%}" for j in judges)] for c in lines]
+    return {"title": "Every detector: AUC, forgeries found at 1 % false alarms of plain scans, honest places of scans treated alike above the same threshold", "columns": ["attacker", "protection", "places / patients", *judges], "rows": rows}
 
 # %% ../nbs/20_evaluate.ipynb #437bb6d8
 def tables_page(
@@ -1434,7 +1459,7 @@ def arena_sentence(
     c = next(c for c in arena["cells"] if (c["attacker"], c["protection"]) == (attacker, protection))
     d, percent = c["detectors"], lambda v: "n/a" if v is None else f"{v:.0%}"
     return (f"<b>{attacker}</b> against <b>{protection}</b>, {c['n']} places in {c['patients']} patients: forged square {c['forged_db']:.1f} dB (protection cost it {c['lost_db']:.1f} dB), SSIM {c['ssim']:.2f}, lesions gone {percent(c['lesion_gone'])} · "
-            f"cascade reports {percent(c['called'])}, finds {percent(d['cascade']['pd'])} at 1 % false alarms (95 %: {percent(d['cascade']['low'])} to {percent(d['cascade']['high'])}), AUC {d['cascade']['auc']:.2f} · noise ratio finds {percent(d['noise ratio']['pd'])}")
+            f"cascade reports {percent(c['called'])}, finds {percent(d['cascade']['pd'])} at 1 % false alarms of plain scans ({span_of(c)}; of honest places treated alike {percent(d['cascade']['fa'])}), AUC {d['cascade']['auc']:.2f} · noise ratio finds {percent(d['noise ratio']['pd'])}")
 
 # %% ../nbs/20_evaluate.ipynb #b707ec12
 class ArenaExplorer:

@@ -141,6 +141,9 @@ def test_patients_and_parts():
     assert sorted(map(len, four.values())) == [1, 1, 1, 1] and four["test"] == ["c"]
     for tested in ("ab", "abcd"):
         with pytest.raises(DataError, match="for the test alone"): patient_splits({n: n for n in "abcd"}, tested=tested)
+    for i in range(60): # one of the three may fall to the test, which has its own
+        names = [f"{i}-{n}" for n in range(4)]
+        assert all(patient_splits({n: n for n in names}, tested=names[:1]).values())
     five = patient_splits({n: n for n in "abcde"}, tested="ab")
     assert five["test"] == ["a", "b"] and sorted(map(len, five.values())) == [1, 1, 1, 2]
     many = patient_splits({f"s{i}": f"p{i}" for i in range(400)})

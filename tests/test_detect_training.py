@@ -128,6 +128,11 @@ def test_a_disguise_leaves_the_forger_as_it_is():
     assert len(seen) == 5 and forger.settings.mask == 20 and forger.settings.touch_up == "ours"
 
 
+def test_as_many_candidates_as_asked_for(source):
+    assert len(lung_candidates(source.scan, source.mask, 0)) <= 60
+    assert len(lung_candidates(source.scan, source.mask, 0, 3)) == 3 and len(lung_candidates(source.scan, source.mask, 0, 90)) in (90, 60, 20, 5, 1)
+
+
 @pytest.mark.parametrize("kind", CONTROLS)
 def test_a_control_changes_the_grain_of_one_cuboid_only(source, kind):
     from mits_nb.attack.tamper import cuboid_box

@@ -47,6 +47,12 @@ def test_a_setting_recomputes_only_what_depends_on_it(tmp_path):
         assert calls == expected, changes
 
 
+def test_one_store_asked_for_other_settings_does_not_answer_with_the_old_ones(tmp_path):
+    store, calls = ev.CellStore(tmp_path), []
+    assert [store.compute(chain(calls, noise=n))["c"]["twice"] for n in (1, 2, 1)] == [30., 60., 30.]
+    assert calls == ["a", "b", "c", "d", "b", "c"], "each is computed once, and read again"
+
+
 def test_needs_count_by_their_result_and_not_by_their_origin(tmp_path):
     def pair(path, value, calls):
         data = ev.Cell("data", lambda _: calls.append("data") or {"voxels": value}, {"path": path})
@@ -264,8 +270,10 @@ def place(score, called=None, lost=3., **more):
 def arena():
     got = {}
     for p in "ab":
-        got[f"honest/none/{p}"] = {"slices_called": 1, "slices": 20, "regions": 0, "scores": {"cascade": [0.] * 99 + [.5], "noise ratio": [.1] * 100}}
-        got[f"honest/MITS-GAN/{p}"] = {"slices_called": 3, "slices": 20, "regions": 1, "scores": {"cascade": [0.] * 98 + [.6, .6], "noise ratio": [.1] * 100}}
+        for cleaning, high in (("nothing", .5), ("blur 0.7", .8)):
+            got[f"honest/none/{cleaning}/{p}"] = {"slices_called": 1, "slices": 20, "regions": 0, "scores": {"cascade": [0.] * 99 + [high], "noise ratio": [.1] * 100}}
+        got[f"honest/MITS-GAN/blur 0.7/{p}"] = {"slices_called": 20, "slices": 20, "regions": 3, "scores": {"cascade": [.85] * 100, "noise ratio": [.1] * 100}}
+        got[f"honest/MITS-GAN/nothing/{p}"] = {"slices_called": 3, "slices": 20, "regions": 1, "scores": {"cascade": [0.] * 98 + [.6, .6], "noise ratio": [.1] * 100}}
         got[f"arena/plain/none/{p}"] = {"rows": [place(.9, lost=0.), place(.4, lost=0.)]}
         got[f"arena/plain/MITS-GAN/{p}"] = {"rows": [place(.9), place(.95)]}
         got[f"arena/blur first/none/{p}"] = {"rows": [place(.9, lost=0.), place(.9, lost=0.)]}
@@ -283,6 +291,9 @@ def test_arena_figures_by_hand():
     lone["arena/plain/none/b"]["rows"] = [place(0., lost=0., called=False)]
     assert {(c["attacker"], c["protection"]): c for c in ev.arena_cells(lone, 50)}["plain", "none"]["detectors"]["cascade"]["pd"] == .5, "patients weigh the same, as in the interval beside it"
     assert cells["blur first", "MITS-GAN"]["lesion_gone"] == .5 and cells["blur first", "MITS-GAN"]["lost_db"] == 1.
+    blurred = {p: cells["blur first", p]["detectors"]["cascade"] for p in ("none", "MITS-GAN")}
+    assert blurred["none"]["fa"] == .01 and blurred["none"]["auc"] == 1., "against honest places of scans that were blurred, too"
+    assert blurred["MITS-GAN"] | {"pd": 1., "fa": 1., "auc": .5} == blurred["MITS-GAN"], "everything is found, and so is all that is honest"
     answer = ev.headline(got, 50)
     gain = {(g["attacker"], g["protection"]): g for g in answer["gains"]}
     assert gain["plain", "MITS-GAN"] | {"value": .5, "n": 4, "patients": 2} == gain["plain", "MITS-GAN"] and gain["blur first", "MITS-GAN"]["value"] == -.5

@@ -8,9 +8,10 @@ import torch
 
 from conftest import ToyAttacker
 from mits_nb.attack.nets import n_trainable
-from mits_nb.core import MitsError, PlaceError, ScanError, TrainError, UsageError, WeightsError, torch_rng
+from mits_nb.core import MitsError, PlaceError, ScanError, TrainError, UsageError, WeightsError, rng, torch_rng
 from mits_nb.gan import checkpoints
 from mits_nb.metrics import rmse
+from mits_nb.scan import Scan
 from mits_nb.protect.mitsgan import MitsganConfig, PlaceBatches, cuboid_crop, evaluate_protection, is_protected
 from mits_nb.protect.rivals import (GaussianNoise, Nothing, Pgd, Tafim, TafimConfig, TafimNet, TafimTask, TafimUnet, ascend, erased_box,
                                     in_windows, place_damage, place_groups, tafim_loss, train_tafim)
@@ -299,6 +300,15 @@ def test_noise_has_the_strength_that_it_was_given(phantom):
     assert abs(change.std() - (64 + 1 / 12) ** 0.5) < 0.2 and abs(change.mean()) < 0.2
     a, b = (GaussianNoise(8.0).protect(replace(scan, hu=scan.hu[:n])).hu for n in (2, 4))
     assert np.array_equal(a, b[:2]) and not np.array_equal(b[0], b[1]), "slice k has its own noise, whatever follows"
+
+
+def test_a_place_near_another_group_keeps_its_protection():
+    scan = Scan(rng(0, "plain").normal(-800, 30, (14, 96, 144)).astype(np.int16), (2.5, 1.0, 1.0))
+    first, second = (7, 48, 40), (7, 48, 78) # cuboids that do not touch, boxes with context that do
+    assert len(place_groups(np.array([first, second]), scan.spacing, scan.shape)) == 2
+    alone, both = (Pgd(ToyAttacker(), places, 12.0, steps=2).protect(scan).hu for places in (first, [first, second]))
+    box = cuboid_crop(first, scan.spacing, scan.shape, 0)
+    assert (alone[box] != scan.hu[box]).any() and np.array_equal(alone[box], both[box])
 
 
 @pytest.mark.parametrize("sigma", [0, -1.0, float("nan"), float("inf")])

@@ -136,7 +136,8 @@ def test_mistakes_are_one_sentence(scan, call, error, words):
 
 def test_scaled_changes(scan):
     one = protected_twin(Checks(), scan).hu.astype(int) - scan.hu
-    for factor in (0, 0.5, 2.5):
+    assert Scaled(Checks(), 0).protect(scan) is scan, "nothing was changed, so nothing is claimed"
+    for factor in (0.5, 2.5):
         twin = Scaled(Checks(), factor).protect(scan)
         assert np.array_equal(twin.hu, np.maximum(scan.hu + np.rint(factor * one), -1024)) and twin.hu.dtype == scan.hu.dtype and twin.history[-1]["kind"] == "protected"
     padded = Scan(np.where(np.arange(100) < 5, -2048, scan.hu).astype(np.int16), SPACING)

@@ -276,7 +276,7 @@ def render() -> str:
         "## The protector",
         section("Cost and effect", "*Lost* is what protection takes from the forged square: the PSNR of the forgery on the unprotected scan less that on the protected one ([chapter 13](../nbs/13_protect.sweep.ipynb)). `pgd` is told the place: the ceiling.", PROTECT, protector()),
         "## The detector",
-        section("The shipped weights, when they were trained", "Held-out scans ([chapter 18](../nbs/18_detect.training.ipynb)).", SHIPPED["cascade-tiny"][2].format("FOLDER"), detector_card()),
+        section("The shipped weights on held-out scans", "Their card ([chapter 18](../nbs/18_detect.training.ipynb)).", SHIPPED["cascade-tiny"][2].format("FOLDER"), detector_card()),
         section("Forgers met and unmet, regions, controls", "The long measurement ([chapter 18](../nbs/18_detect.training.ipynb)).", DETECT, detection()),
         section("Ablations and rivals", "Each row is trained and tested on the same slices ([chapter 19](../nbs/19_detect.rivals.ipynb)).", TABLES, ablations()),
     ]

@@ -222,11 +222,12 @@ def lung_candidates(
     source_or_scan, # Anything with `hu` and `spacing`
     mask: np.ndarray, # Lung mask
     seed: int, # Same seed, same places
-) -> np.ndarray: # int (n, 3) voxels, may be empty
+    n: int = 60, # At most
+) -> np.ndarray: # int (k, 3) voxels, k <= n, may be empty
     "Places in the lung, as far from its border as this lung allows."
     from mits_nb.core import DataError
     from mits_nb.data import lung_places
-    for margin, ask in ((6., 60), (3., 20), (2., 5), (1., 1)):
+    for margin, ask in dict.fromkeys((m, min(n, k)) for m, k in ((6., n), (6., 60), (3., 20), (2., 5), (1., 1))):
         try: return lung_places(source_or_scan, ask, seed, margin, mask)
         except DataError: continue
     return np.zeros((0, 3), int)
@@ -542,7 +543,7 @@ def patient_splits(
     parts["test"] += sorted(s for s in patients if patients[s] in tested)
     def people(part): return sorted({patients[s] for s in parts[part]} - tested)
     while empty := next((part for part in parts if not parts[part]), None):
-        rich = max(parts, key=lambda part: len(people(part)))
+        rich = max(parts, key=lambda part: len(people(part)) - (not (tested and part == "test"))) # each keeps one; the test has those that must be there
         given = people(rich)[-1]
         parts[empty] = [s for s in parts[rich] if patients[s] == given]
         parts[rich] = [s for s in parts[rich] if patients[s] != given]

@@ -199,12 +199,12 @@ class Pgd:
         for at in self.places: check_place(at, scan.spacing, scan.shape)
         seed, out, self.values = self.seed if seed is None else seed, scan.hu.copy(), []
         for group in progress(place_groups(self.places, scan.spacing, scan.shape), "climbing"):
-            crop, best = self._climb(scan, self.places[group], seed)
-            out[crop] = best.cpu().numpy().astype(out.dtype)
+            crop, where, best = self._climb(scan, self.places[group], seed)
+            out[crop][where] = best.cpu().numpy().astype(out.dtype)[where] # the box around a group may reach into the cuboids of another
         return protected_scan(scan, out, {"kind": "protected", "by": self.name, "seed": int(seed), "strength_hu": self.bound_hu, "places": self.places.tolist()})
 
-    def _climb(self, scan: "Scan", places: np.ndarray, seed: int) -> tuple[tuple, Tensor]:
-        "One group of places: the crop that holds them, and its protected HU."
+    def _climb(self, scan: "Scan", places: np.ndarray, seed: int) -> tuple[tuple, np.ndarray, Tensor]:
+        "One group of places: the crop that holds them, which of its voxels may change, and its protected HU."
         crops = [cuboid_crop(at, scan.spacing, scan.shape, 8) for at in places]  # 8 pixels of context, for cleanings
         crop = tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*crops))
         corner = np.array([s.start for s in crop])
@@ -216,7 +216,7 @@ class Pgd:
         damage = place_damage(self.attacker, hu, inside, scan.spacing, self.actions, self.cleanings, self.goal_weight, seed)
         best, values = ascend(damage, hu, self.bound_hu, self.steps, self.rule, None, where, torch_rng(seed, "pgd", *map(int, corner)))
         self.values.append(values)
-        return crop, best
+        return crop, where.numpy(), best
 
 # %% ../../nbs/12_protect.rivals.ipynb #6e25ec1e
 class TafimUnet(nn.Module):

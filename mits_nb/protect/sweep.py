@@ -32,17 +32,18 @@ class Scaled:
     def __init__(
         self,
         protector: Any, # Has `name` and `protect(scan, seed=0)`
-        factor: float, # 1 is the protector itself, 0 is no protection
+        factor: float, # 1 is the protector itself, 0 changes nothing
     ):
         if not (math.isfinite(factor) and factor >= 0): raise UsageError(f"a change cannot be scaled by {factor}: give a number from 0 up")
         self.protector, self.factor, self.name = protector, float(factor), f"{protector_name(protector)} x{factor:g}"
 
     def protect(self, scan: Scan, seed: int = 0) -> Scan:
-        "Scale the change; values stay within 12-bit CT where they were, padding stays."
+        "Scale the change; values stay within 12-bit CT where they were, padding stays. The scan itself, unmarked, where nothing changes."
+        from mits_nb.protect.mitsgan import protected_scan
         hu = scan.hu.astype(np.float32)
         change = self.factor * (protected_twin(self.protector, scan, seed).hu - hu)
         out = np.clip(np.rint(hu + change), np.minimum(hu, -1024), np.maximum(hu, 3071))
-        return scan.with_hu(out.astype(scan.hu.dtype), {"kind": "protected", "by": self.name, "seed": int(seed)})
+        return protected_scan(scan, out.astype(scan.hu.dtype), {"kind": "protected", "by": self.name, "seed": int(seed)})
 
 # %% ../../nbs/13_protect.sweep.ipynb #5792a8a6
 def protector_name(
