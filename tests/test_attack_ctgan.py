@@ -190,6 +190,7 @@ def test_train_ctgan_resumes_to_the_same_weights(tmp_path):
         if step == 2: raise Stop
     with pytest.raises(Stop): c.train_ctgan("tiny", tmp_path / "b", data=(), measure=False, callbacks=(crash,), **MINI)
     assert not (tmp_path / "b").exists()  # nothing half-written
+    with pytest.raises(TrainError, match="another start"): c.train_ctgan("tiny", tmp_path / "b", data=(), measure=False, **MINI, start="zeros")
     again = c.train_ctgan("tiny", tmp_path / "b", data=(), measure=False, **MINI)
     for action in c.ACTIONS:
         a, b = whole.generator(action).state_dict(), again.generator(action).state_dict()

@@ -417,6 +417,9 @@ def test_spectrum_of_white_and_of_smooth_noise_and_parseval():
     f, power = masked_spectrum(np.where(mask, soft, 0), mask, spacing)
     want = 400 * 0.63 * np.exp(-(2 * np.pi * f * sigma) ** 2)
     assert np.allclose(power[2:4], want[2:4], rtol=0.35) and power[-1] < 0.05 * power[0]
+    corner = np.broadcast_to(20. * (-1.) ** np.add.outer(np.arange(100), np.arange(90)), noise.shape)            # as fast as it goes along both axes: beyond every ring
+    _, power = masked_spectrum(corner, np.ones_like(mask), spacing)
+    assert np.abs(power).max() < 0.05 * 400 * 0.63
 
 
 # ------------------------------------------------------------------ ground truth

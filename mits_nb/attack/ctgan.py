@@ -29,7 +29,7 @@ from .tamper import (Equalizer, Tampering, centre_mask, cut_cube, empty_centre, 
 from ..core import Compute, DataError, TrainError, UsageError, WeightsError
 from ..core import atomic_dir, atomic_write, from_preset, pick_compute, progress as progress_bar, read_json, rng, torch_rng, versions, weights_path, write_json
 from ..data import data_folder, development_scans, lung_mask, lung_places, read_findings
-from ..gan import History, Snapshots, Task, fit, frozen, lsgan_d_loss, lsgan_g_loss
+from ..gan import History, Snapshots, Task, fit, frozen, lsgan_d_loss, lsgan_g_loss, same_recipe
 from ..metrics import roc_auc
 from ..phantom import make_phantom, render_nodule
 from ..scan import Scan, read_scan
@@ -172,7 +172,7 @@ def neighbourhood(
     return scan.hu[where].astype(np.float32), at - low, where
 
 # %% ../../nbs/09_attack.ctgan.ipynb #567a0c45
-CUT = 40       # edge of a stored cube, mm: room for shifts and turns of the 32 mm cube inside it; released 40
+CUT = 40       # edge of a stored cube, mm: room for shifts and quarter turns of the 32 mm cube inside it; released 40
 KINDS = ("solid", "spiculated", "part-solid", "calcified")
 KIND_SHARES = (0.6, 0.3, 0.05, 0.05)
 
@@ -200,7 +200,7 @@ def clear_places(
     margin_mm: float, # Distance to the lung's border
     gap_mm: float = 16.0, # Distance from the cube's centre to the surface of any known nodule
 ) -> np.ndarray: # (k, 3) int, k <= n
-    "Random lung places whose cube holds no known nodule."
+    "Random lung places at least `gap_mm` from the surface of every known nodule; one may still reach into a corner of the cube."
     for ask in (2 * n, n, n // 4):  # a short scan may not have room for so many places
         try: places = lung_places(source.scan, max(ask, 1), seed=seed, margin_mm=margin_mm, mask=mask)
         except DataError as error: why = error
@@ -816,6 +816,7 @@ def train_ctgan(
     nets, history = {}, {}
     for action in ACTIONS:
         mine = config.of(action)
+        if PartialState().is_main_process: same_recipe(work / action, mine, cubes=read_json(work / "cubes" / "cubes.json")["recipe"])
         shots = (Snapshots(max(mine.steps // 10, 1), inpainting_pictures, Path(pictures) / action, window=(-1000, 200)),) if pictures and len(cubes["sources"]) > 1 else ()
         nets[action], history[action] = train_generator(action, cubes, equalizer, mine, seed, work / action, compute, (*callbacks, *shots), progress)
     record = {"preset": preset, "seed": seed, "config": {f.name: getattr(config, f.name) for f in fields(config)}, "sources": cubes["sources"],

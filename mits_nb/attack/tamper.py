@@ -794,7 +794,7 @@ def masked_spectrum(noise:np.ndarray, # (z, y, x) HU, zero off the mask
     power = dy * dx * np.fft.fft2(np.fft.ifftshift(shift)).real
     f = np.hypot(np.fft.fftfreq(len(rows), dy)[:, None], np.fft.fftfreq(len(cols), dx))
     rings = np.arange(0, 0.5 / max(dy, dx) + 1e-9, 1 / (2 * reach))
-    which = np.digitize(f, rings - rings[1] / 2) - 1
+    which = np.where(f < rings[-1] + rings[1] / 2, np.digitize(f, rings - rings[1] / 2) - 1, -1) # the corners of the plane, beyond Nyquist, belong to no ring
     power = np.array([power[which == k].mean() for k in range(len(rings))])
     return rings, power if mask.any() else np.full(len(rings), np.nan)
 
