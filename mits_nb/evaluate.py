@@ -1036,6 +1036,8 @@ def findings(
     wrong = [a for a in answer["alarms"] if a["protection"] != "none" and abs(a["difference"]["value"]) > .02]
     said.append(f"Honest scans: the cascade calls {100 * plain_share:.1f} % of the plain slices tampered. " + ("Under no protection does that move by more than 2 points." if not wrong else
                 "It moves by more than 2 points under " + ", ".join(f"{a['protection']} ({100 * a['difference']['value']:+.1f}" + (f", 95 %: {100 * a['difference']['low']:+.1f} to {100 * a['difference']['high']:+.1f})" if a["patients"] > 1 else ")") for a in wrong) + "."))
+    loud = [f"{a} ({of[a, 'none']['detectors']['cascade']['fa']:.0%} of honest places; AUC {of[a, 'none']['detectors']['cascade']['auc']:.2f})" for a in dict.fromkeys(c["attacker"] for c in cells) if (a, "none") in of and of[a, "none"]["detectors"]["cascade"]["fa"] > .1]
+    if loud: said.append(f"Filters that raise honest places above the threshold of plain scans, so that the share found there means little: {', '.join(loud)}.")
     for p in protections:
         if (base["attacker"], p) not in of or of[base["attacker"], p]["lost_db"] < 1: continue
         left = {a: of[a, p]["lost_db"] / of[base["attacker"], p]["lost_db"] for a in ("blur first", "median first") if (a, p) in of}
@@ -1279,7 +1281,7 @@ def table_view(
     return {"columns": columns, "lines": lines, "marks": marks}
 
 # %% ../nbs/20_evaluate.ipynb #939ab7d2
-MEASURES = {"pd": ("forgeries found by the cascade at 1 % false alarms", "higher"), "auc": ("AUC of the cascade", "higher"), "called": ("forgeries reported by the cascade at its own threshold", "higher"), "f1": ("localisation F1 of the cascade", "higher"),
+MEASURES = {"pd": ("forgeries found by the cascade at 1 % false alarms of plain scans", "higher"), "fa": ("honest places above that threshold, in scans protected and filtered alike", "lower"), "auc": ("AUC of the cascade", "higher"), "called": ("forgeries reported by the cascade at its own threshold", "higher"), "f1": ("localisation F1 of the cascade", "higher"),
             "noise": ("forgeries found by the noise ratio at 1 % false alarms", "higher"), "lost_db": ("damage to the forgery, dB", "higher"), "ssim": ("SSIM of the forged square with the real one", "lower"), "lesion_gone": ("injected lesions that protection made vanish", "higher")} # Measure -> (in words, what the defender wants)
 
 # %% ../nbs/20_evaluate.ipynb #83bc17ff
@@ -1288,7 +1290,7 @@ def arena_value(
     measure: str, # Of `MEASURES`, or "<detector> pd"
 ) -> float | None:
     "One figure of a cell."
-    if measure in ("pd", "auc"): return cell["detectors"]["cascade"][measure]
+    if measure in ("pd", "fa", "auc"): return cell["detectors"]["cascade"][measure]
     if measure == "noise": return cell["detectors"]["noise ratio"]["pd"]
     if measure.endswith(" pd"): return cell["detectors"][measure.removesuffix(" pd")]["pd"]
     return cell[measure]

@@ -497,7 +497,7 @@ def test_arena_explorer_follows_clicks_keys_and_menu():
     w.on_event({"kind": "click", "pane": 0, "x": (118 + 104 + 50) / width, "y": (26 + 34 + 5) / height})
     assert w.chosen == (1, 1) and "blur first" in w.status.value and w.screen.frames[0]["png"] != before
     w.on_event({"kind": "step", "n": 1})
-    assert w.measure == "auc"
+    assert w.measure == "fa"
     w.on_event({"kind": "step", "n": -5})
     assert w.measure == "pd"
     w.on_event({"kind": "click", "pane": 0, "x": 5 / width, "y": .999})

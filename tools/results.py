@@ -249,7 +249,7 @@ def arena(content: dict | None) -> str | None:
 
     first = content["arena"]["cells"][0]
     parts = [stale(content["about"]["weights"]) + f"**The arena.** Measured on: {', '.join(content['about']['scans'])}; {first['n']} forged places in {first['patients']} patients for each figure."]
-    for measure in ("pd", "called", "lost_db", "lesion_gone"):
+    for measure in ("pd", "fa", "auc", "called", "lost_db", "lesion_gone"):
         attackers, protections, values = arena_matrix(content["arena"], measure)
         title = MEASURES[measure][0]
         parts.append(f"**{title[0].upper()}{title[1:]}.**\n\n" + table(["attacker", *protections], [[a, *(float(v) for v in line)] for a, line in zip(attackers, values)]))
